@@ -1,0 +1,261 @@
+"""The kernel contract: what a device must be able to do for a flow to train, score and sample on it.
+
+One legend everywhere: n rows, d features, d0 = ceil(d / 2) even features (0-based 0, 2, ...), d1 = floor(d / 2) odd
+features, h hidden units; x data, h latent, y a layer's output, ``dy`` the derivative of the loss by y.
+
+Rules that every implementation keeps:
+
+* The caller allocates outputs; they are C-contiguous and of the flow's dtype unless stated. A call allocates nothing
+  that grows with its arguments, so that a step can be recorded once and replayed.
+* Reductions have a fixed order: the same arguments give the same bits on the same machine with the same threads.
+* Log-densities, their upstream gradients and row weights are float64 for every dtype of the flow: a float32 running
+  sum over many rows loses digits.
+* Step, epoch, rate and loss live in the state array (slots below); the host does not read it inside a step.
+* Random numbers are Philox4x32-10 (Salmon et al. 2011). Key: the 64-bit seed, low word first. Counter: (column block,
+  low 32 bits of the row, epoch, purpose << 24 | bits 32..55 of the row). The row is the row's index in its file, so
+  noise does not depend on batch, threads, device or interruptions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels check shapes where they are called
+
+ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a boundary
+
+
+class Slot:
+    """Slots of the float64 state array.
+
+    STEP..LOSS_RING change during training; the hyper-parameters are written once by the host and read by ``update``.
+    """
+
+    STEP = 0  # completed optimiser updates (skipped steps do not count)
+    EPOCH = 1  # epoch number, from 1; the third counter word of dequantization noise
+    CURSOR = 2  # batches of this epoch already presented
+    RATE = 3  # learning rate of the next update
+    LOSS = 4  # weighted mean negative log-likelihood of the last batch (nats), in the flow's input space
+    LOG_PROB_SUM = 5  # sum of weight * log_prob since the host last cleared it
+    WEIGHT_SUM = 6  # sum of weights since the host last cleared it
+    SKIP = 7  # 1 while the current step's loss is not finite: update leaves the parameters alone
+    SKIPPED = 8  # steps skipped so far
+    RATE_DECAY = 9  # the rate is divided by this after every update ...
+    RATE_FLOOR = 10  # ... but does not fall below this
+    MOMENTUM = 11  # AdaM: 1 - beta1 of the paper; RMSProp: the velocity's momentum now
+    SQUARE_DECAY = 12  # AdaM: 1 - beta2 of the paper (0.99); RMSProp: averaging coefficient (0.95)
+    LAMBDA = 13  # AdaM: decay of the first-moment coefficient
+    EPSILON = 14  # AdaM: added to sqrt(vh); RMSProp: the floor of the root mean square
+    LOSS_RING = 32  # losses of the last RING_SIZE steps, at LOSS_RING + cursor % RING_SIZE
+    RING_SIZE = 32
+    SIZE = 64
+
+
+class Purpose:
+    """What random numbers are for (8 bits): different purposes never share a counter."""
+
+    TRAIN_NOISE = 0
+    VALID_NOISE = 1
+    TEST_NOISE = 2
+    INIT = 3
+    SAMPLE = 4
+    SHUFFLE = 5
+    SPLIT = 6
+    DEMO = 7
+    CHECK = 8
+    INPAINT = 9
+
+
+PRIORS = {"gaussian": 0, "logistic": 1}
+OPTIMIZERS = {"adam": 0, "rmsprop": 1}
+
+
+class Backend(ABC):
+    """A device. Chosen once (``nicecp.kernels.get_backend``) and passed on explicitly."""
+
+    name: str
+    device: str
+
+    # --- arrays ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def alloc(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        """(shape) array of zeros, C-contiguous, starting on an ALIGNMENT boundary."""
+
+    @abstractmethod
+    def asarray(self, host: NDArray[Any]) -> Array:
+        """A device array with the host array's content; on a CPU the host array itself when it is C-contiguous."""
+
+    @abstractmethod
+    def copy_in(self, dst: Array, src: NDArray[Any]) -> None:
+        """Host array to device array of the same shape, cast to its dtype."""
+
+    @abstractmethod
+    def copy_out(self, src: Array) -> NDArray[Any]:
+        """A new host array with the device array's content."""
+
+    @abstractmethod
+    def computing(self) -> AbstractContextManager[None]:
+        """Hold the number of BLAS threads that was asked for, and only for as long as the context lasts."""
+
+    @abstractmethod
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A runnable that does what ``step`` does: on a CPU step itself, on a GPU a captured graph of it."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all that was launched has finished."""
+
+    # --- borders: rows of data <-> two contiguous halves ----------------------------------------------------------
+
+    @abstractmethod
+    def load_batch(
+        self,
+        x0: Array,
+        x1: Array,
+        weight: Array,
+        data: Array,
+        index: Array,
+        rows: Array,
+        shift: Array,
+        scale: Array,
+        state: Array,
+        seed: int,
+        purpose: int,
+    ) -> None:
+        """Gather rows, dequantize or standardise them, and split them into halves.
+
+        x0 : (n, d0), x1 : (n, d1) outputs; weight : (n,) float64 output, 1 for a row and 0 for padding
+        data : (m, d) uint8, float32 or float64; index, rows : (>= (cursor + 1) * n,) int64
+            Row i of the batch is data[index[cursor * n + i]]; it is row rows[cursor * n + i] of the file, which keys its
+            noise. index < 0 marks padding: zeros with weight 0.
+        shift, scale : (d,) float64, in data order
+            uint8: x = shift + scale * (65536 k + bits) / 2^24, bits uniform in 0..65535 (column c: block c // 8, word
+            c % 8 // 2, low half first), so with shift 0 and scale 1 x is exact in float32 and never 1. Epoch word:
+            state[EPOCH]. Floating point: x = (value - shift) * scale, no noise.
+        state : CURSOR and EPOCH are read.  Source: Dinh et al. 2015, section 5.1 (dequantization).
+        """
+
+    @abstractmethod
+    def split(self, x0: Array, x1: Array, x: Array) -> None:
+        """x : (n, d) -> x0 : (n, d0) even features, x1 : (n, d1) odd features.  Pair: join."""
+
+    @abstractmethod
+    def join(self, x: Array, x0: Array, x1: Array) -> None:
+        """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), interleaved.  Pair: split."""
+
+    # --- dense layers -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def matmul(self, out: Array, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        """out = op(a) @ op(b) in the arrays' dtype (no reduced precision unless the backend was made for it)."""
+
+    @abstractmethod
+    def dense_forward(self, y: Array, x: Array, w: Array, b: Array, relu: bool) -> None:
+        """y = x @ w + b, then max(y, 0) if relu.  x : (n, i), w : (i, o), b : (o,) -> y : (n, o).
+
+        max(NaN, 0) is NaN: a bad number must not vanish inside a network.  Pair: dense_backward.
+        """
+
+    @abstractmethod
+    def dense_backward(
+        self, dx: Array | None, dw: Array | None, db: Array | None, dy: Array, y: Array, x: Array, w: Array, relu: bool
+    ) -> None:
+        """dx : (n, i) = dy @ w.T, dw : (i, o) = x.T @ dy, db : (o,) = sum of dy over rows; each may be None.
+
+        With relu, dy : (n, o) is first set to 0 where y <= 0, in place.  Pair: dense_forward.
+        """
+
+    # --- coupling ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def couple(self, y: Array, x: Array, m: Array, sign: int) -> None:
+        """y = x + sign * m, all (n, k); y may be x.  sign = 1: additive coupling or an accumulation, -1: its inverse.
+
+        Its own backward is the identity on x and sign on m.  Source: Dinh et al. 2015, section 3.2.
+        """
+
+    # --- scaling, prior, loss --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def scale_prior_forward(
+        self, logp: Array, h0: Array, h1: Array, x0: Array, x1: Array, s0: Array, s1: Array, prior: int
+    ) -> None:
+        """h = x * exp(s); logp = sum_d log p_H(h_d) + s_d.
+
+        x0, h0 : (n, d0), s0 : (d0,); x1, h1 : (n, d1), s1 : (d1,); logp : (n,) float64; h may be x.
+        prior : PRIORS; logistic as -|h| - 2 log1p(exp(-|h|)).  NaN gives NaN, infinite h gives -inf.
+        Pair: scale_prior_backward.  Source: Dinh et al. 2015, sections 3.3 and 3.4.
+        """
+
+    @abstractmethod
+    def scale_prior_backward(
+        self,
+        dx0: Array,
+        dx1: Array,
+        ds0: Array | None,
+        ds1: Array | None,
+        dlogp: Array,
+        h0: Array,
+        h1: Array,
+        s0: Array,
+        s1: Array,
+        prior: int,
+    ) -> None:
+        """dx = dlogp * g(h) * exp(s); ds = sum over rows of dlogp * (g(h) h + 1), g = d log p_H / d h.
+
+        g(h) = -h (gaussian) or -tanh(h / 2) (logistic).  dlogp : (n,) float64; dx may be h; ds0 and ds1 may both be
+        None.  Pair: scale_prior_forward.
+        """
+
+    @abstractmethod
+    def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:
+        """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w); all (n,) float64, rows of weight 0 are not looked at.
+
+        Adds to LOG_PROB_SUM and WEIGHT_SUM and writes the loss ring.  A loss that is not finite sets SKIP, leaves the
+        sums alone and makes dlogp 0; a finite one clears SKIP.
+        """
+
+    # --- optimiser ---------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def update(
+        self, p: Array, g: Array, m: Array, v: Array, offset: int, size: int, state: Array, optimizer: int
+    ) -> None:
+        """One update of p[offset:offset+size] from g; p, g, m, v are the flat buffers. Does nothing while SKIP is set.
+
+        With t = STEP + 1. adam: b1_t = MOMENTUM * LAMBDA^(t-1); m = b1_t m + (1 - b1_t) g; v = SQUARE_DECAY v +
+        (1 - SQUARE_DECAY) g^2; p -= RATE * (m / (1 - MOMENTUM^t)) / (sqrt(v / (1 - SQUARE_DECAY^t)) + EPSILON).
+        rmsprop: v as above; m = MOMENTUM m - RATE g / max(sqrt(v), EPSILON); p += m.
+        Source: Kingma & Ba 2014, first version; the published configuration files of Dinh et al.
+        """
+
+    @abstractmethod
+    def advance(self, state: Array) -> None:
+        """End of a step: CURSOR += 1; unless SKIP, STEP += 1 and RATE = max(RATE / RATE_DECAY, RATE_FLOOR) (a rate
+        that starts below the floor stays); with SKIP, SKIPPED += 1."""
+
+    # --- random numbers ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
+        """out : (n, k) = bits * 2^-16, 16 bits each (block c // 8, word c % 8 // 2, low half first); row first_row + i."""
+
+    @abstractmethod
+    def fill_normal(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
+        """out : (n, k) standard normal by Box-Muller: block c // 2 gives columns 2j (cosine) and 2j + 1 (sine).
+
+        Its words a, b, c, d give the open uniforms u = ((a >> 6) 2^26 + (b >> 6) + 0.5) 2^-52 and, from c, d, v (52 bits
+        and the half are exact in float64, so that neither is ever 0 or 1);
+        columns sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v), computed in float64.
+        """
+
+    @abstractmethod
+    def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
+        """out : (n, k) standard logistic log(u / (1 - u)); block c // 2, column 2j from u, 2j + 1 from v as in fill_normal."""

@@ -1,0 +1,34 @@
+"""Every error that nicecp raises on purpose, and the bottom of the import order.
+
+An error says what is wrong, where, and what to do about it in one line; the command line prints that line and
+exits with code 2.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class NicecpError(Exception):
+    """Base of the errors that come from the user's files, options or machine."""
+
+
+class DataError(NicecpError, ValueError):
+    """A data file that cannot be used: names the file, the problem and the remedy."""
+
+
+class CheckpointError(NicecpError, ValueError):
+    """A checkpoint that cannot be read, does not fit, or cannot be written."""
+
+
+class DeviceError(NicecpError, RuntimeError):
+    """A device that was asked for and cannot be used, with the reason."""
+
+
+class TrainingError(NicecpError, RuntimeError):
+    """Training cannot start or cannot go on (settings, non-finite numbers)."""
+
+
+def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
+    """One line: 'PATH': problem; remedy.  The path is quoted so that odd characters cannot break the line."""
+    return f"{os.fspath(path)!r}: {problem}; {remedy}"

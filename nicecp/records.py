@@ -1,0 +1,72 @@
+"""What training leaves behind, as plain values: the data's description, the run's history, and what resuming needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Parameters = dict[str, NDArray[Any]]  # names and shapes of ModelSpec.parameter_shapes
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The data that a flow was trained on: enough to draw its samples and to recognise the file again."""
+
+    image_shape: tuple[int, ...] | None = None  # e.g. (28, 28) or (32, 32, 3): rows, columns[, channels]
+    columns: tuple[str, ...] | None = None
+    units: tuple[str, ...] | None = None
+    fingerprint: str = ""  # 64 hex digits, or empty if unknown
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One row of the history; log-likelihoods are means in nats per row, NaN where there is no validation set."""
+
+    epoch: int
+    train_log_likelihood: float
+    valid_log_likelihood: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth knowing that happened during training, such as a skipped step."""
+
+    epoch: int
+    step: int
+    kind: str
+    message: str
+
+
+@dataclass
+class RunRecord:
+    """The run so far, as /training in both files. ``config`` must be JSON-serialisable."""
+
+    seed: int = 0
+    threads: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    epoch: int = 0  # completed epochs
+    best_epoch: int = 0
+    best_valid_log_likelihood: float = float("nan")
+    history: list[EpochRecord] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass
+class ResumeState:
+    """What the state file holds beside the run: a run resumed from it ends bit-identical to one never interrupted."""
+
+    parameters: Parameters
+    first_moment: Parameters
+    second_moment: Parameters
+    best_parameters: Parameters
+    optimizer: str  # "adam" | "rmsprop"
+    hyper: dict[str, float]
+    state: NDArray[np.float64]  # the kernels' state array (kernels/backend.py, Slot)
+    stale_epochs: int  # epochs since the best one: the patience counter
+    epoch_seconds: float  # time spent so far in the unfinished epoch
