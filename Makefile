@@ -1,0 +1,21 @@
+PYTHON ?= python3
+
+.PHONY: test test-slow lint type bench
+
+test:
+	$(PYTHON) -m pytest
+
+test-slow:
+	$(PYTHON) -m pytest -m "slow and not gpu"
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+type:
+	$(PYTHON) -m mypy
+
+bench:
+	$(PYTHON) benchmarks/train_cpu.py --case mnist
+	$(PYTHON) benchmarks/train_cpu.py --case small
+	$(PYTHON) benchmarks/startup.py
