@@ -188,6 +188,20 @@ def scale_prior_backward(dx, ds, dlogp, h, s, prior, with_ds):  # type: ignore[n
 
 
 @kernel
+def scale_inverse(x, h, s):  # type: ignore[no-untyped-def]
+    """x : (n, k) = h * exp(-s)."""
+    n, k = h.shape
+    factor = np.empty(_TILE, np.float64)
+    for start in range(0, k, _TILE):
+        stop = min(start + _TILE, k)
+        for c in range(start, stop):
+            factor[c - start] = math.exp(-np.float64(s[c]))
+        for i in range(n):
+            for c in range(start, stop):
+                x[i, c] = np.float64(h[i, c]) * factor[c - start]
+
+
+@kernel
 def loss(state, dlogp, logp, weight):  # type: ignore[no-untyped-def]
     """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w), all (n,) float64; rows of weight 0 are not looked at."""
     n = logp.shape[0]

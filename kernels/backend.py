@@ -39,7 +39,7 @@ class Slot:
 
     STEP = 0  # completed optimiser updates (skipped steps do not count)
     EPOCH = 1  # epoch number, from 1; the third counter word of dequantization noise
-    CURSOR = 2  # batches of this epoch already presented
+    CURSOR = 2  # batches of the current window of rows already presented
     RATE = 3  # learning rate of the next update
     LOSS = 4  # weighted mean negative log-likelihood of the last batch (nats), in the flow's input space
     LOG_PROB_SUM = 5  # sum of weight * log_prob since the host last cleared it
@@ -213,6 +213,10 @@ class Backend(ABC):
         g(h) = -h (gaussian) or -tanh(h / 2) (logistic).  dlogp : (n,) float64; dx may be h; ds0 and ds1 may both be
         None.  Pair: scale_prior_forward.
         """
+
+    @abstractmethod
+    def scale_inverse(self, x0: Array, x1: Array, h0: Array, h1: Array, s0: Array, s1: Array) -> None:
+        """x = h * exp(-s), the inverse of scale_prior_forward's scaling; x may be h."""
 
     @abstractmethod
     def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:

@@ -180,6 +180,10 @@ class NumbaBackend(Backend):
         layers.scale_prior_backward(dx0, s0 if ds0 is None else ds0, dlogp, h0, s0, prior, ds0 is not None)
         layers.scale_prior_backward(dx1, s1 if ds1 is None else ds1, dlogp, h1, s1, prior, ds1 is not None)
 
+    def scale_inverse(self, x0: Array, x1: Array, h0: Array, h1: Array, s0: Array, s1: Array) -> None:
+        layers.scale_inverse(x0, h0, s0)
+        layers.scale_inverse(x1, h1, s1)
+
     def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:
         layers.loss(state, dlogp, logp, weight)
 

@@ -1,0 +1,369 @@
+"""NICE: the flow that users hold.  Dinh, Krueger, Bengio 2015, arXiv 1410.8516."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from nicecp.kernels import get_backend
+from nicecp.kernels.backend import Array, Backend, Purpose
+from nicecp.network import Network, Workspace
+from nicecp.params import initial_parameters
+from nicecp.preprocessing import Dequantize, Step
+from nicecp.records import DataInfo, Parameters
+from nicecp.schema import model_tree
+from nicecp.spec import ModelSpec, alternating
+from nicecp.store import write_tree
+
+logger = logging.getLogger("nicecp")
+
+CHUNK = 1024  # rows at a time: bounds a call's memory; small enough that activations stay in cache
+FloatArray = NDArray[np.float64]
+
+
+
+class NICE:
+    """A normalizing flow with additive couplings, exact log-density, inverse and sampling.
+
+    Parameters
+    ----------
+    n_features : int
+        d, at least 2.
+    hidden : sequence of int
+        Hidden layer sizes of every coupling's ReLU network; the output layer is linear.
+    n_couplings : int
+        At least 1. Below 3 not every feature can influence every other (section 3.3): a warning is logged.
+    prior : "logistic" or "gaussian"
+    dtype : "auto", "float32" or "float64"
+        Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
+    seed : int
+        Of the initial weights, 0 <= seed < 2**64.
+    init : "paper" or "he"
+        Initial weights; see nicecp.params.initial_parameters.
+    preprocessing : sequence of steps
+        Applied to data in order before the couplings; log-densities are reported in the space before them.
+    device, threads
+        See nicecp.kernels.get_backend.
+
+    Log-densities are in nats and float64. Calls do not share buffers: several threads may use one flow.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        hidden: Sequence[int] = (1000,) * 5,
+        n_couplings: int = 4,
+        prior: str = "logistic",
+        dtype: str = "auto",
+        seed: int = 0,
+        *,
+        init: str = "paper",
+        preprocessing: Sequence[Step] = (),
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        couplings = alternating(tuple(int(size) for size in hidden), int(n_couplings))
+        spec = ModelSpec(int(n_features), couplings, prior, "float64" if dtype == "auto" else dtype)
+        self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
+        self._dtype_is_open = dtype == "auto"
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: ModelSpec,
+        parameters: Parameters | None = None,
+        preprocessing: Sequence[Step] = (),
+        info: DataInfo | None = None,
+        seed: int = 0,
+        *,
+        init: str = "paper",
+        backend: Backend | None = None,
+    ) -> NICE:
+        """A flow from its architecture, with these parameters (names of spec.parameter_shapes()) or fresh ones."""
+        flow = cls.__new__(cls)
+        flow._build(spec, parameters, tuple(preprocessing), info or DataInfo(), seed, init, backend or get_backend())
+        flow._dtype_is_open = False
+        return flow
+
+    def _build(
+        self,
+        spec: ModelSpec,
+        parameters: Parameters | None,
+        preprocessing: tuple[Step, ...],
+        info: DataInfo,
+        seed: int,
+        init: str,
+        backend: Backend,
+    ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in 0..2**64 - 1, got {seed}")
+        if len(spec.couplings) < 3:
+            logger.warning(
+                "%d coupling(s): at least 3 are needed for every feature to influence every other", len(spec.couplings)
+            )
+        for step in preprocessing:
+            for name, values in step.arrays().items():
+                if values.shape[0] != spec.n_features:
+                    raise ValueError(
+                        f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
+                    )
+        self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
+        self.backend = backend
+        self.network = Network(spec, backend)
+        self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
+        self._views = self.network.layout.views(self.flat)
+        self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self.spec, self.parameters(), self.preprocessing, self.info, self.seed, self.init, self.backend)
+        return _rebuild, (*arguments, self._dtype_is_open)
+
+    def __repr__(self) -> str:
+        hidden = "-".join(str(size) for size in self.spec.couplings[0].hidden)
+        return (
+            f"NICE({self.n_features} features, {len(self.spec.couplings)} {self.spec.couplings[0].law} couplings "
+            f"of {hidden or 'no hidden layer'}, {self.spec.prior} prior, {self.spec.dtype})"
+        )
+
+    # --- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def n_features(self) -> int:
+        return self.spec.n_features
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of parameters and computation."""
+        return np.dtype(self.spec.dtype)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.spec.n_parameters
+
+    def parameters(self) -> Parameters:
+        """Named host copies: couplings/K/layers/J/weight, .../bias, scaling/log_scale (d,) in data order."""
+        return self.network.layout.to_host(self.backend, self.flat)
+
+    def set_parameters(self, named: Parameters) -> None:
+        """Replace every parameter; ValueError where names or shapes do not fit."""
+        self.network.layout.from_host(self.backend, self.flat, named)
+
+    def prepare(self, preprocessing: Sequence[Step], info: DataInfo, eight_bit: bool) -> None:
+        """Take on a data set before training: its preprocessing, its description and, if still open, its dtype."""
+        spec = self.spec
+        if self._dtype_is_open:
+            spec = replace(spec, dtype="float32" if eight_bit else "float64")
+        self._build(spec, self.parameters(), tuple(preprocessing), info, self.seed, self.init, self.backend)
+        self._dtype_is_open = False
+
+    # --- densities -------------------------------------------------------------------------------------------------
+
+    def log_prob(self, x: ArrayLike, context: None = None, dtype: DTypeLike = np.float64) -> Any:
+        """Log-density in nats: (d,) -> float, (..., d) -> (...) of ``dtype``.
+
+        NaN gives NaN and infinities give -inf.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The last axis is not d long, or x is not real numbers.
+        FloatingPointError
+            A finite row gave NaN: the parameters are broken.
+        """
+        self._refuse_context(context)
+        rows, shape = self._rows(x)
+        out = np.empty(rows.shape[0], np.float64)
+
+        def score(ws: Workspace, at: slice) -> None:
+            self.network.forward(ws, self._views)
+            out[at] = self.backend.copy_out(ws.logp)
+
+        z, log_det, bad = self._to_inputs(rows)
+        self._run(score, z)
+        out += log_det
+        if np.isnan(out[~bad]).any():
+            first = int(np.flatnonzero(np.isnan(out) & ~bad)[0])
+            raise FloatingPointError(f"log_prob of row {first} is not a number though the row is finite")
+        out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
+        if shape == ():
+            return float(out[0])
+        return out.reshape(shape).astype(dtype, copy=False)
+
+    def grad_log_prob(self, x: ArrayLike, context: None = None) -> FloatArray:
+        """d log p / d x in nats per unit of x: (..., d) -> (..., d) float64. Rows that are not finite give NaN."""
+        self._refuse_context(context)
+        rows, shape = self._rows(x)
+        out = np.empty(rows.shape, np.float64)
+
+        def differentiate(ws: Workspace, at: slice) -> None:
+            self.network.forward(ws, self._views)
+            self.backend.copy_in(ws.dlogp, np.ones(ws.n))
+            self.network.backward(ws, self._views, None, want_dx=True)
+            out[at] = self._joined(ws.dx, ws.n)
+
+        z, _, bad = self._to_inputs(rows)
+        self._run(differentiate, z, keep=True)
+        for step in reversed(self.preprocessing):
+            out = step.backward(out)
+        out[bad] = np.nan
+        return out.reshape(*shape, self.n_features)
+
+    def loss_and_gradients(self, x: ArrayLike) -> tuple[float, Parameters]:
+        """Mean negative log-density of the rows (nats) and its gradients by every parameter, named as parameters().
+
+        x : (n, d) finite. For gradient checks and small fits; training runs the same network in place.
+        """
+        rows, _ = self._rows(x)
+        z, log_det, bad = self._to_inputs(rows)
+        if bad.any() or rows.shape[0] == 0:
+            raise ValueError("loss_and_gradients needs at least one row, all finite")
+        n = rows.shape[0]
+        ws = self.network.workspace(n, keep=True)
+        flat = self.backend.alloc(self.network.layout.size, self.spec.dtype)
+        with self.backend.computing():
+            self._load(ws, z)
+            self.network.forward(ws, self._views)
+            self.backend.copy_in(ws.dlogp, np.full(n, -1.0 / n))
+            self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
+        loss = -float(self.backend.copy_out(ws.logp).mean()) - log_det
+        return loss, self.network.layout.to_host(self.backend, flat)
+
+    # --- the bijection ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: ArrayLike) -> tuple[FloatArray, Any]:
+        """x : (..., d) -> latent h : (..., d) and log abs det dh/dx : (...), a float for one row, in nats."""
+        rows, shape = self._rows(x)
+        out = np.empty(rows.shape, np.float64)
+
+        def transform(ws: Workspace, at: slice) -> None:
+            self.network.forward(ws, self._views)
+            out[at] = self._joined(ws.h, ws.n)
+
+        z, log_det, bad = self._to_inputs(rows)
+        self._run(transform, z)
+        out[bad] = np.nan
+        return self._with_log_det(out, shape, self.network.log_det(self._views) + log_det)
+
+    def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
+        """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
+        rows, shape = self._rows(h, integers=True)
+        out = np.empty(rows.shape, np.float64)
+
+        def transform(ws: Workspace, at: slice) -> None:
+            self.network.inverse(ws, self._views)
+            out[at] = self._joined(ws.x, ws.n)
+
+        self._run(transform, rows)
+        log_det = -self.network.log_det(self._views)
+        for step in reversed(self.preprocessing):
+            out = step.inverse(out)
+            log_det -= step.log_det
+        return self._with_log_det(out, shape, log_det)
+
+    def sample(self, n: int, rng: int | np.random.Generator | None = None) -> FloatArray:
+        """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
+
+        rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
+        one); a Generator gives that seed; None takes one from the operating system.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        if isinstance(rng, np.random.Generator):
+            seed = int(rng.integers(0, 2**64, dtype=np.uint64, endpoint=False))
+        else:
+            seed = secrets.randbits(64) if rng is None else int(rng)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
+        fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
+        h = self.backend.alloc((n, self.n_features), np.float64)
+        fill(h, seed, Purpose.SAMPLE, 0)
+        return self.inverse(self.backend.copy_out(h))[0]
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the flow as a version 1 checkpoint (docs/checkpoint.md), whole or not at all.
+
+        Raises CheckpointError if the path exists (unless overwrite) or cannot be written.
+        """
+        write_tree(path, model_tree(self.spec, self.parameters(), self.preprocessing, self.info), overwrite)
+
+    # --- borders --------------------------------------------------------------------------------------------------------
+
+    def _refuse_context(self, context: None) -> None:
+        if context is not None:
+            raise ValueError("this flow has no context (n_context = 0): leave context out")
+
+    def _rows(self, x: ArrayLike, integers: bool = False) -> tuple[FloatArray, tuple[int, ...]]:
+        """x : (..., d) -> (n, d) float64 rows and the leading shape."""
+        array = np.asarray(x)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"expected real numbers, got an array of dtype {array.dtype}")
+        if array.dtype.kind in "iu" and not integers and any(isinstance(step, Dequantize) for step in self.preprocessing):
+            raise TypeError(
+                f"expected dequantized values, got {array.dtype}: this flow was trained on 8-bit data, "
+                "pass low + (high - low) * (k + u) / 256 with u uniform in [0, 1)"
+            )
+        if array.ndim == 0 or array.shape[-1] != self.n_features:
+            raise ValueError(f"expected an array of shape (..., {self.n_features}), got {array.shape}")
+        shape = array.shape[:-1]
+        return np.ascontiguousarray(array.reshape(-1, self.n_features), dtype=np.float64), shape
+
+    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, float, NDArray[np.bool_]]:
+        """Data rows -> the network's inputs, the preprocessing's log-det, and which rows are not finite (zeroed)."""
+        z, log_det = rows, 0.0
+        for step in self.preprocessing:
+            z = step.forward(z)
+            log_det += step.log_det
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(z.astype(self.dtype, copy=False)).all(axis=1)
+        if bad.any():
+            z = np.where(bad[:, None], 0.0, z)
+        return z, log_det, bad
+
+    def _load(self, ws: Workspace, z: FloatArray) -> None:
+        self.backend.copy_in(ws.x[0], z[:, 0::2])
+        self.backend.copy_in(ws.x[1], z[:, 1::2])
+
+    def _run(self, handle: Callable[[Workspace, slice], None], z: FloatArray, keep: bool = False) -> None:
+        """Rows in chunks through a workspace of their own."""
+        ws: Workspace | None = None
+        with self.backend.computing():
+            for start in range(0, z.shape[0], CHUNK):
+                part = z[start : start + CHUNK]
+                if ws is None or ws.n != part.shape[0]:
+                    ws = self.network.workspace(part.shape[0], keep)
+                self._load(ws, part)
+                handle(ws, slice(start, start + part.shape[0]))
+
+    def _joined(self, halves: list[Array], n: int) -> NDArray[Any]:
+        out = self.backend.alloc((n, self.n_features), self.spec.dtype)
+        self.backend.join(out, *halves)
+        return self.backend.copy_out(out)
+
+    def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: float) -> tuple[FloatArray, Any]:
+        rows = rows.reshape(*shape, self.n_features)
+        return rows, log_det if shape == () else np.full(shape, log_det)
+
+
+def _rebuild(
+    spec: ModelSpec,
+    parameters: Parameters,
+    preprocessing: tuple[Step, ...],
+    info: DataInfo,
+    seed: int,
+    init: str,
+    backend: Backend,
+    dtype_is_open: bool,
+) -> NICE:
+    """What pickle calls."""
+    flow = NICE.from_spec(spec, parameters, preprocessing, info, seed, init=init, backend=backend)
+    flow._dtype_is_open = dtype_is_open
+    return flow

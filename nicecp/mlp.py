@@ -1,0 +1,41 @@
+"""The network inside a coupling: dense ReLU layers and a linear output layer (Dinh et al. 2015, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nicecp.kernels.backend import Array, Backend
+
+Layers = list[tuple[Array, Array]]  # (weight (fan_in, fan_out), bias (fan_out,)) of each layer
+
+
+def mlp_forward(backend: Backend, ys: list[Array], x: Array, layers: Layers) -> None:
+    """x : (n, fan_in) -> ys[j] : (n, fan_out of layer j); the last one is linear.  Pair: mlp_backward."""
+    last = len(layers) - 1
+    for j, (weight, bias) in enumerate(layers):
+        backend.dense_forward(ys[j], x, weight, bias, j < last)
+        x = ys[j]
+
+
+def mlp_backward(
+    backend: Backend,
+    dx: Array | None,
+    grads: Layers | None,
+    dys: list[Array],
+    ys: list[Array],
+    x: Array,
+    layers: Layers,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """dys[-1] : (n, fan_out), the loss's gradient by the output -> dx : (n, fan_in) and the gradients of every layer.
+
+    dys[j] for hidden layers is scratch of ys[j]'s shape; dys[-1] is left as it is. dx and grads may be None.
+    ready(j) is called as soon as layer j's gradients are complete and its weights are no longer needed.
+    """
+    last = len(layers) - 1
+    for j in range(last, -1, -1):
+        below = dx if j == 0 else dys[j - 1]
+        dw, db = grads[j] if grads is not None else (None, None)
+        backend.dense_backward(below, dw, db, dys[j], ys[j], x if j == 0 else ys[j - 1], layers[j][0], j < last)
+        if ready is not None:
+            ready(j)

@@ -1,0 +1,132 @@
+"""The whole bijection on a backend: couplings, scaling and prior over explicit workspaces.
+
+Nothing here keeps state between calls but the layout: parameters and workspaces are passed in, so calls are reentrant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nicecp.coupling import COUPLINGS
+from nicecp.kernels.backend import PRIORS, Array, Backend
+from nicecp.params import Layout, Range, Views
+from nicecp.spec import ModelSpec
+
+
+class Workspace:
+    """Buffers for n rows. keep=False: scoring and sampling, in place. keep=True: activations are kept for backward.
+
+    x : (n, d0), (n, d1) inputs, overwritten in place unless keep; h : the same shapes, latent; logp, dlogp, weight :
+    (n,) float64; dx : gradients by the halves (keep only).
+    """
+
+    def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool) -> None:
+        dtype, parts = np.dtype(spec.dtype), spec.part_sizes
+        self.n, self.keep = n, keep
+        self.x = [backend.alloc((n, size), dtype) for size in parts]
+        self.h = [backend.alloc((n, size), dtype) for size in parts] if keep else self.x
+        self.logp = backend.alloc(n, np.float64)
+        self.dlogp = backend.alloc(n, np.float64)
+        self.weight = backend.alloc(n, np.float64)
+        sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
+        widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
+        # Two scratch buffers take turns: activations when scoring, their gradients in the backward pass.
+        self._scratch = [backend.alloc(n * widest, dtype) for _ in range(2)]
+        self._shift = [backend.alloc((n, size), dtype) for size in parts]  # a network's output, then its input gradient
+        self.ys: list[list[Array]] = []
+        self.dys: list[list[Array]] = []
+        self.out: list[Array] = []  # keep: the changed half after each coupling
+        for k, layers in enumerate(sizes):
+            turns = [self._scratch[j % 2][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])]
+            kept = [backend.alloc((n, size), dtype) for size in layers[1:-1]] if keep else turns
+            transforms = spec.couplings[k].transforms
+            self.ys.append([*kept, self._shift[transforms]])
+            self.dys.append(turns)
+            if keep:
+                self.out.append(backend.alloc((n, parts[transforms]), dtype))
+        self.dx = [backend.alloc((n, size), dtype) for size in parts] if keep else []
+        self.dcondition = self._shift
+
+
+class Network:
+    """Forward, inverse and backward of a flow in its own input space (after preprocessing)."""
+
+    def __init__(self, spec: ModelSpec, backend: Backend) -> None:
+        self.spec, self.backend = spec, backend
+        self.layout = Layout(spec)
+        self.prior = PRIORS[spec.prior]
+        self.couplings = [COUPLINGS[coupling.law](coupling) for coupling in spec.couplings]
+
+    def workspace(self, n: int, keep: bool) -> Workspace:
+        return Workspace(self.backend, self.spec, n, keep)
+
+    def _inputs(self, ws: Workspace) -> list[tuple[Array, Array]]:
+        """Of every coupling (keep): the half it changes as it was, and the half it reads."""
+        parts, inputs = list(ws.x), []
+        for k, coupling in enumerate(self.couplings):
+            inputs.append((parts[coupling.transforms], parts[coupling.conditions_on]))
+            parts[coupling.transforms] = ws.out[k]
+        return inputs
+
+    def forward(self, ws: Workspace, params: Views) -> None:
+        """ws.x -> ws.h and ws.logp = log p(h) + sum(s), in nats per row.  Pair: backward."""
+        parts = list(ws.x)
+        for k, coupling in enumerate(self.couplings):
+            x, condition = parts[coupling.transforms], parts[coupling.conditions_on]
+            y = ws.out[k] if ws.keep else x
+            coupling.forward(self.backend, y, x, condition, ws.ys[k], params.couplings[k])
+            parts[coupling.transforms] = y
+        self.backend.scale_prior_forward(ws.logp, *ws.h, *parts, *params.scaling, self.prior)
+
+    def backward(
+        self,
+        ws: Workspace,
+        params: Views,
+        grads: Views | None,
+        want_dx: bool,
+        ready: Callable[[Range], None] | None = None,
+    ) -> None:
+        """ws.dlogp (the loss's gradient by each row's log-density) -> grads and, if want_dx, ws.dx.
+
+        Needs a workspace with keep after forward. ready(range) is called when the gradients of that range of the flat
+        buffer are complete and its parameters will not be read again.
+        """
+        dx, layout = ws.dx, self.layout
+        ds = grads.scaling if grads is not None else (None, None)
+        self.backend.scale_prior_backward(*dx, *ds, ws.dlogp, *ws.h, *params.scaling, self.prior)
+        if ready is not None:
+            ready(layout.scaling)
+        inputs = self._inputs(ws)
+        for k in range(len(self.couplings) - 1, -1, -1):
+            coupling, ranges = self.couplings[k], layout.layers[k]
+            c = coupling.conditions_on
+            # Nobody reads the gradient by the data during training: the first coupling's last product is left out.
+            dcondition = ws.dcondition[c] if want_dx or k > 0 else None
+            coupling.backward(
+                self.backend,
+                dcondition,
+                grads.couplings[k] if grads is not None else None,
+                dx[coupling.transforms],
+                ws.dys[k],
+                ws.ys[k],
+                inputs[k][1],
+                params.couplings[k],
+                None if ready is None else lambda j, ranges=ranges: ready(ranges[j]),  # type: ignore[misc]
+            )
+            if dcondition is not None:
+                self.backend.couple(dx[c], dx[c], dcondition, 1)
+
+    def inverse(self, ws: Workspace, params: Views) -> None:
+        """ws.h -> ws.x (a workspace without keep: in place)."""
+        self.backend.scale_inverse(*ws.x, *ws.h, *params.scaling)
+        for k in range(len(self.couplings) - 1, -1, -1):
+            coupling = self.couplings[k]
+            x, condition = ws.x[coupling.transforms], ws.x[coupling.conditions_on]
+            coupling.inverse(self.backend, x, x, condition, ws.ys[k], params.couplings[k])
+
+    def log_det(self, params: Views) -> float:
+        """log abs det of the Jacobian, the same for every row: sum(s), in nats."""
+        s0, s1 = (self.backend.copy_out(part).astype(np.float64) for part in params.scaling)
+        return float(s0.sum() + s1.sum())
