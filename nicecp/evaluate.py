@@ -1,0 +1,125 @@
+"""Mean log-likelihood of a split of data, in the space of the data before preprocessing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nicecp.errors import DataError, about_file
+from nicecp.flow import NICE
+from nicecp.kernels.backend import Array, Slot
+from nicecp.params import Views
+from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.split import SequentialReader, Split
+
+BATCH = 1000  # rows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean and standard error over rows (nats per row); bits per dimension for 8-bit data, else None."""
+
+    rows: int
+    mean: float
+    standard_error: float
+    minimum: float
+    bits_per_dim: float | None
+
+
+def loading(steps: tuple[Step, ...], n_features: int) -> tuple[np.ndarray, np.ndarray]:
+    """shift, scale : (d,) float64 with which load_batch carries out the preprocessing (see kernels/backend.py)."""
+    shift, scale = np.zeros(n_features), np.ones(n_features)
+    for step in steps:
+        if isinstance(step, Dequantize):
+            shift, scale = shift + step.low, scale * (step.high - step.low)
+        elif isinstance(step, Standardize):
+            shift, scale = step.mean, 1.0 / step.std
+        else:
+            raise ValueError(f"preprocessing step {step.kind!r} cannot be loaded by rows")
+    return shift, scale
+
+
+def log_det(steps: tuple[Step, ...]) -> float:
+    """Sum of the steps' log-determinants, nats per row."""
+    return sum(step.log_det for step in steps)
+
+
+def check_fits(flow: NICE, split: Split) -> None:
+    """DataError unless the split holds rows that this flow can score."""
+    source = split.source
+    if source.n_features != flow.n_features:
+        raise DataError(
+            about_file(
+                source.name,
+                f"{source.n_features} columns, but the flow was trained on {flow.n_features}",
+                "use data of the same kind, or train a new flow",
+            )
+        )
+    wants_bytes = any(isinstance(step, Dequantize) for step in flow.preprocessing)
+    if wants_bytes != source.is_image8:
+        has, wants = ("8-bit", "float") if source.is_image8 else (str(source.dtype), "8-bit")
+        raise DataError(
+            about_file(source.name, f"{has} data, but the flow was trained on {wants} data", "convert the data")
+        )
+
+
+class Evaluator:
+    """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch."""
+
+    def __init__(self, flow: NICE, split: Split, batch_size: int = BATCH) -> None:
+        check_fits(flow, split)
+        if len(split) == 0:
+            raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
+        self.flow, self.split, backend = flow, split, flow.backend
+        self._reader = SequentialReader(split, min(batch_size, len(split)))
+        self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
+        self._state = backend.alloc(Slot.SIZE, np.float64)
+        self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
+
+    def row_log_probs(self, views: Views, seed: int, epoch: int) -> np.ndarray:
+        """Log-density of every row in file order : (n,) float64, nats in data space."""
+        backend, ws = self.flow.backend, self._ws
+        out = np.empty(len(self.split), np.float64)
+        offset, done = log_det(self.flow.preprocessing), 0
+        for window in self._reader:
+            data: Array = backend.asarray(window.data)
+            index, rows = backend.asarray(window.index), backend.asarray(window.rows)
+            for i in range(window.n_batches):
+                host = np.zeros(Slot.SIZE)
+                host[Slot.EPOCH], host[Slot.CURSOR] = epoch, i
+                backend.copy_in(self._state, host)
+                backend.load_batch(
+                    *ws.x, ws.weight, data, index, rows, self._shift, self._scale, self._state, seed, self.split.purpose
+                )
+                self.flow.network.forward(ws, views)
+                part = out[done : done + ws.n]
+                part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
+                done += len(part)
+        return out
+
+    def run(self, views: Views, seed: int, epoch: int) -> Evaluation:
+        """Evaluate with the parameters in ``views``; noise is keyed by (seed, row, epoch)."""
+        values = self.row_log_probs(views, seed, epoch)
+        n, mean = len(values), float(np.mean(values))
+        error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean))
+
+
+def bits_per_dim(flow: NICE, mean: float) -> float | None:
+    """-(LL - d log(256 / width)) / (d log 2) for 8-bit data dequantized to that width, else None."""
+    for step in flow.preprocessing:
+        if isinstance(step, Dequantize):
+            return -(mean - flow.n_features * step.log_bin) / (flow.n_features * math.log(2.0))
+    return None
+
+
+def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0) -> Evaluation:
+    """Mean log-likelihood of a split under a flow.
+
+    Raises DataError where the data do not fit the flow.
+    """
+    evaluator = Evaluator(flow, split)
+    with flow.backend.computing():
+        return evaluator.run(flow.network.layout.views(flow.flat), seed, epoch)

@@ -1,0 +1,94 @@
+"""From data to a trained flow: choose the preprocessing, train, keep the best."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.data import check_constant, column_stats, open_splits
+from nicecp.flow import NICE
+from nicecp.optimizers import AdaM, Optimizer
+from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.records import EpochRecord, RunRecord
+from nicecp.split import Split
+from nicecp.train import Callback, TrainConfig, Trainer
+
+logger = logging.getLogger("nicecp")
+
+
+def preprocessing_for(
+    train: Split,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    standardize: bool = True,
+    allow_constant: bool = False,
+) -> tuple[Step, ...]:
+    """The preprocessing of a data set: dequantization of 8-bit values, standardisation of floats.
+
+    Reads float data once (mean and standard deviation of the training rows).
+
+    Raises
+    ------
+    DataError
+        A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be.
+    """
+    if train.source.is_image8:
+        return (Dequantize(*value_range),)
+    stats = column_stats(train)
+    check_constant(stats, train, allow_constant)
+    if not standardize:
+        return ()
+    return (Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)),)
+
+
+def fit(
+    flow: NICE,
+    data: str | os.PathLike[str] | NDArray[Any],
+    *,
+    epochs: int = 100,
+    batch_size: int = 200,
+    optimizer: Optimizer | None = None,
+    patience: int | None = 20,
+    valid_fraction: float = 1 / 6,
+    seed: int = 0,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    standardize: bool = True,
+    allow_constant: bool = False,
+    callbacks: Sequence[Callback | Callable[[EpochRecord], object]] = (),
+) -> RunRecord:
+    """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
+
+    Parameters
+    ----------
+    flow : NICE
+    data : (n, d) array, or a path "FILE.h5" or "FILE.h5:/dataset"
+        uint8 is dequantized into ``value_range``; floats are standardised. A file's dataset ``valid`` validates; without
+        one ``valid_fraction`` of the rows does (the last ones of images, keyed random ones of tables; 0 for none).
+    optimizer : AdaM or RMSProp
+        The paper's AdaM by default.
+    patience : int or None
+        Epochs without a better validation log-likelihood before training stops.
+    callbacks : Callback objects, or functions called with each EpochRecord.
+
+    Returns
+    -------
+    RunRecord
+        history (mean log-likelihoods in nats per row, in the data's space), best epoch.
+
+    Raises
+    ------
+    DataError
+        The data cannot be used; the message says why and what to do.
+    TrainingError
+        No finite loss.
+    """
+    splits = open_splits(data, valid_fraction=valid_fraction, seed=seed)
+    steps = preprocessing_for(splits.train, value_range, standardize, allow_constant)
+    flow.prepare(steps, splits.train.source.info, splits.train.source.is_image8)
+    batch_size = min(batch_size, max(1, len(splits.train)))
+    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
+    return Trainer(flow, splits.train, splits.valid, config, callbacks).run()

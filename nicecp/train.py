@@ -1,0 +1,298 @@
+"""The training loop: maximum likelihood by mini-batches, validation every epoch, the best model kept in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nicecp.errors import TrainingError
+from nicecp.evaluate import Evaluator, check_fits, loading, log_det
+from nicecp.flow import NICE
+from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
+from nicecp.optimizers import AdaM, Optimizer
+from nicecp.params import Range
+from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
+from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
+
+logger = logging.getLogger("nicecp")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping."""
+
+    epochs: int = 100
+    batch_size: int = 200
+    optimizer: Optimizer = AdaM()  # noqa: RUF009 (frozen, so sharing it is safe)
+    patience: int | None = None
+    seed: int = 0
+    window: int = SHUFFLE_WINDOW
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+
+
+class Callback:
+    """What can be told about a run; override what is of interest."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After every training step. Reading numbers from the device here costs time."""
+
+    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        """After every epoch and its validation."""
+
+
+class _EpochFunction(Callback):
+    def __init__(self, function: Callable[[EpochRecord], object]) -> None:
+        self._function = function
+
+    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        self._function(record)
+
+
+class Trainer:
+    """Trains a flow in place on the rows of a split.
+
+    The flow's preprocessing must fit the data (nicecp.fit.prepare). callbacks: Callback objects, or functions of an
+    EpochRecord. After ``run`` the flow holds the best parameters (by validation; the last ones without validation).
+    """
+
+    def __init__(
+        self,
+        flow: NICE,
+        train: Split,
+        valid: Split | None,
+        config: TrainConfig,
+        callbacks: Sequence[Callback | Callable[[EpochRecord], object]] = (),
+    ) -> None:
+        check_fits(flow, train)
+        self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
+        self.callbacks = [c if isinstance(c, Callback) else _EpochFunction(c) for c in callbacks]
+        self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
+        self.record = RunRecord(seed=config.seed)
+        self.position = 0  # batches of the running epoch already presented
+        self.stale_epochs = 0
+        self._stop = False
+        self._epoch_seconds = 0.0
+        self._skipped = 0  # steps skipped up to the end of the last epoch
+
+        backend, network = flow.backend, flow.network
+        self.backend, self.network = backend, network
+        size = network.layout.size
+        self.p: Array = flow.flat
+        self.g, self.m, self.v, self.best = (backend.alloc(size, flow.spec.dtype) for _ in range(4))
+        self.views, self._grads = network.layout.views(self.p), network.layout.views(self.g)
+        self.state = backend.alloc(Slot.SIZE, np.float64)
+        host = np.zeros(Slot.SIZE)
+        config.optimizer.write(host)
+        backend.copy_in(self.state, host)
+        self.best[...] = self.p
+        self._optimizer = OPTIMIZERS[config.optimizer.kind]
+        self._ws = network.workspace(config.batch_size, keep=True)
+        self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
+        self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
+        self._data: Array = None
+        self._index: Array = None
+        self._rows: Array = None
+        self._window: Window | None = None
+        self._batches_left = 0
+        self._runnable: Callable[[], None] | None = None
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _update(self, part: Range) -> None:
+        self.backend.update(self.p, self.g, self.m, self.v, part.offset, part.size, self.state, self._optimizer)
+
+    def _step(self) -> None:
+        """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
+        backend, ws = self.backend, self._ws
+        backend.load_batch(
+            *ws.x,
+            ws.weight,
+            self._data,
+            self._index,
+            self._rows,
+            self._shift,
+            self._scale,
+            self.state,
+            self.config.seed,
+            Purpose.TRAIN_NOISE,
+        )
+        self.network.forward(ws, self.views)
+        backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
+        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self._update)
+        backend.advance(self.state)
+
+    def step(self) -> None:
+        """One training step on the next batch; begins and ends epochs' windows as needed, without validation."""
+        if self._batches_left == 0:
+            if self.position >= self.reader.n_batches:
+                self.position = 0
+                self.record.epoch += 1
+            if self.position == 0:
+                self._begin_epoch()
+            self._open(next(self.reader.epoch(self.record.epoch + 1, self.position)))
+        self._next_batch()
+
+    def _next_batch(self) -> None:
+        assert self._runnable is not None
+        self._runnable()
+        self._batches_left -= 1
+        self.position += 1
+
+    def _open(self, window: Window) -> None:
+        """Make a window of rows the one that steps read."""
+        fresh = self._window is None or self._window.data is not window.data
+        if fresh:
+            self._data = self.backend.asarray(window.data)
+        self._index, self._rows = self.backend.asarray(window.index), self.backend.asarray(window.rows)
+        self._window, self._batches_left = window, window.n_batches
+        self._set(CURSOR=0.0)
+        if self._runnable is None:
+            self._runnable = self.backend.record(self._step)
+
+    def _set(self, **slots: float) -> None:
+        host = self.backend.copy_out(self.state)
+        for name, value in slots.items():
+            host[getattr(Slot, name)] = value
+        self.backend.copy_in(self.state, host)
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Finish the running step, then leave run(). May be called from a signal handler."""
+        self._stop = True
+
+    @property
+    def stopped(self) -> bool:
+        """True if run() was left because of request_stop."""
+        return self._stop
+
+    @property
+    def finished(self) -> bool:
+        """No epochs left, or patience has run out."""
+        patience = self.config.patience
+        return self.record.epoch >= self.config.epochs or (patience is not None and self.stale_epochs >= patience)
+
+    def run(self) -> RunRecord:
+        """Train until finished or stopped; the flow then holds the best parameters if finished.
+
+        Raises
+        ------
+        TrainingError
+            Every step of an epoch had a loss that is not finite.
+        """
+        self._stop = False
+        with self.backend.computing():
+            while not self.finished and not self._stop:
+                self._run_epoch()
+        if self.finished:
+            self.p[...] = self.best
+        return self.record
+
+    def _begin_epoch(self) -> None:
+        epoch = self.record.epoch + 1
+        momentum = self.config.optimizer.momentum_at(epoch)
+        self._set(EPOCH=float(epoch), MOMENTUM=momentum, LOG_PROB_SUM=0.0, WEIGHT_SUM=0.0)
+        self._epoch_seconds = 0.0
+
+    def _run_epoch(self) -> None:
+        started = time.perf_counter()
+        if self.position == 0:
+            self._begin_epoch()
+        for window in self.reader.epoch(self.record.epoch + 1, self.position):
+            self._open(window)
+            while self._batches_left:
+                self._next_batch()
+                for callback in self.callbacks:
+                    callback.on_step(self)
+                if self._stop:
+                    break
+            if self._stop:
+                break
+        self.backend.synchronize()
+        if self.position < self.reader.n_batches:
+            self._epoch_seconds += time.perf_counter() - started
+            return
+        self._end_epoch(started)
+
+    def _end_epoch(self, started: float) -> None:
+        epoch = self.record.epoch + 1
+        state = self.backend.copy_out(self.state)
+        if state[Slot.WEIGHT_SUM] == 0.0:
+            raise TrainingError(
+                f"epoch {epoch}: no batch had a finite loss; lower the learning rate (--lr) or look at the data"
+            )
+        self._note_skipped(epoch, state)
+        train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
+        valid = math.nan
+        if self._evaluator is not None:
+            valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
+        self.position = 0
+        self.record.epoch = epoch
+        if self._evaluator is None or valid > self.record.best_valid_log_likelihood or self.record.best_epoch == 0:
+            self.best[...] = self.p
+            self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
+            self.stale_epochs = 0
+        else:
+            self.stale_epochs += 1
+        self._epoch_seconds += time.perf_counter() - started
+        row = EpochRecord(epoch, train, valid, float(state[Slot.RATE]), self._epoch_seconds)
+        self.record.history.append(row)
+        logger.info("epoch %d: train %.3f, validation %.3f nats", epoch, train, valid)
+        for callback in self.callbacks:
+            callback.on_epoch(self, row)
+
+    def _note_skipped(self, epoch: int, state: np.ndarray) -> None:
+        skipped = int(state[Slot.SKIPPED]) - self._skipped
+        if skipped:
+            message = f"{skipped} steps had a loss that is not finite and were skipped"
+            logger.warning("epoch %d: %s", epoch, message)
+            self.record.events.append(Event(epoch, int(state[Slot.STEP]), "skipped", message))
+        self._skipped += skipped
+
+    # --- resuming ----------------------------------------------------------------------------------------------------
+
+    def resume_state(self) -> ResumeState:
+        """All that ``restore`` needs to go on with the same bits."""
+        layout, backend = self.network.layout, self.backend
+        state = backend.copy_out(self.state)
+        state[Slot.CURSOR] = self.position
+        optimizer = self.config.optimizer
+        return ResumeState(
+            parameters=layout.to_host(backend, self.p),
+            first_moment=layout.to_host(backend, self.m),
+            second_moment=layout.to_host(backend, self.v),
+            best_parameters=layout.to_host(backend, self.best),
+            optimizer=optimizer.kind,
+            hyper={name: float(value) for name, value in vars(optimizer).items()},
+            state=state,
+            stale_epochs=self.stale_epochs,
+            epoch_seconds=self._epoch_seconds,
+        )
+
+    def restore(self, record: RunRecord, resume: ResumeState) -> None:
+        """Go on where resume_state() was taken. The flow, splits and config must be those of that run."""
+        layout, backend = self.network.layout, self.backend
+        for flat, named in (
+            (self.p, resume.parameters),
+            (self.m, resume.first_moment),
+            (self.v, resume.second_moment),
+            (self.best, resume.best_parameters),
+        ):
+            layout.from_host(backend, flat, named)
+        backend.copy_in(self.state, resume.state)
+        self.position = int(resume.state[Slot.CURSOR])
+        self.stale_epochs, self._epoch_seconds = resume.stale_epochs, resume.epoch_seconds
+        self.record = record
+        self._skipped = int(resume.state[Slot.SKIPPED])
+        self._batches_left = 0
