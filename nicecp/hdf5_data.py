@@ -1,0 +1,393 @@
+"""HDF5 files that somebody else made: opened read-only, checked before one element is read, then read in blocks.
+
+A dataset is used only if it is reached through hard links, lies in the file itself (not virtual, not external), was
+written completely, and holds integers or floats of at most 8 bytes, unfiltered or behind one of FILTERS.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.errors import DataError, about_file
+from nicecp.records import DataInfo
+from nicecp.sources import as_image_shape, check_finite, check_range, check_size, fingerprint
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+MAX_CHUNK_BYTES = 2**28
+MAX_OBJECTS = 10_000  # links looked at when a file is searched
+MAX_DEPTH = 32
+_CACHE_BYTES = 2**26  # at most this much of decompressed chunks is kept
+_HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+_CLASSES = {
+    h5py.h5t.STRING: "strings",
+    h5py.h5t.COMPOUND: "a compound type",
+    h5py.h5t.ENUM: "true/false or enumerated values",
+    h5py.h5t.VLEN: "rows of varying length",
+    h5py.h5t.OPAQUE: "opaque bytes",
+    h5py.h5t.REFERENCE: "references",
+    h5py.h5t.BITFIELD: "bit fields",
+    h5py.h5t.ARRAY: "arrays as elements",
+    h5py.h5t.TIME: "times",
+    getattr(h5py.h5t, "COMPLEX", 11): "complex numbers",
+}
+_REMEDIES = {
+    "strings": "store numbers (text as numeric codes)",
+    "complex numbers": "store real and imaginary parts as columns",
+    "a compound type": "store the fields as columns of one dataset",
+    "true/false or enumerated values": "store them as integers",
+}
+
+
+class Unusable(Exception):
+    """Why a dataset cannot be used: (problem, remedy)."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception as one line of at most 200 characters; HDF5's span several."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check_regular(path: str) -> None:
+    """DataError unless the path is a regular file that can be read. Never waits, not even for a FIFO."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DataError(about_file(path, "no such file", _missing_remedy(path))) from None
+    except PermissionError:
+        raise DataError(about_file(path, "it may not be read", "check the file's permissions")) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(about_file(path, f"it cannot be opened ({reason})", "check the path")) from None
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise DataError(about_file(path, f"it is {kind}", "give the path of an HDF5 file"))
+    if status.st_size == 0:
+        raise DataError(about_file(path, "it is empty (0 bytes)", "copy or create it again"))
+
+
+def _missing_remedy(path: str) -> str:
+    if "://" in path:
+        return "only local files are read: download it first"
+    head, colon, tail = path.rpartition(":")
+    if colon and tail and os.path.exists(head):
+        return f"to choose a dataset write {head + ':/' + tail!r}"
+    return "check the path, or try --data demo"
+
+
+def open_hdf5(path: str) -> h5py.File:
+    """A regular HDF5 file, opened read-only; DataError says what is wrong otherwise."""
+    check_regular(path)
+    if not _has_signature(path):
+        remedy = "convert it first: nicecp data csv (text tables), nicecp data idx (MNIST's files), or h5py"
+        raise DataError(about_file(path, "it is not an HDF5 file", remedy))
+    try:
+        return h5py.File(path, "r", locking="best-effort")
+    except _HDF5_ERRORS as error:
+        text = one_line(error)
+        if "truncated" in text:
+            raise DataError(about_file(path, "the file is truncated", "copy or download it again")) from None
+        if "lock" in text:
+            problem, remedy = "another program is writing it", "wait until it is closed"
+            raise DataError(about_file(path, problem, remedy)) from None
+        raise DataError(about_file(path, f"the file is damaged ({text})", "copy or download it again")) from None
+
+
+def _has_signature(path: str) -> bool:
+    """HDF5 looks for its signature at 0, 512, 1024, 2048, ..."""
+    size, offset = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while offset + len(SIGNATURE) <= size:
+            file.seek(offset)
+            if file.read(len(SIGNATURE)) == SIGNATURE:
+                return True
+            offset = max(512, 2 * offset)
+    return False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a dataset holds: its shape, the dtype it is read as (before int8 becomes uint8), its chunks' length."""
+
+    shape: tuple[int, ...]
+    raw: np.dtype[Any]
+    chunk_bytes: int  # of the chunks that one row crosses
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A dataset met while searching a file; ``problem`` is empty for one that can be used."""
+
+    path: str
+    label: str
+    rank: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path!r} {self.label}"
+
+
+def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
+    """The member of a group if it is a hard link to a group or dataset, else None. Opens nothing behind other links."""
+    try:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            return None
+        member = group.get(name)
+    except _HDF5_ERRORS:
+        return None
+    return member if isinstance(member, (h5py.Group, h5py.Dataset)) else None
+
+
+def element_kind(dataset: h5py.Dataset) -> tuple[np.dtype[Any] | None, str]:
+    """(the dtype to read, its name) for integers and floats of at most 8 bytes, else (None, what it is)."""
+    kind = dataset.id.get_type()
+    number = kind.get_class()
+    if number not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
+        try:
+            label = "complex numbers" if dataset.dtype.kind == "c" else _CLASSES.get(number, "no numbers")
+        except _HDF5_ERRORS:
+            label = _CLASSES.get(number, "no numbers")
+        return None, label
+    size = kind.get_size()
+    if size > 8:
+        return None, f"numbers of {size} bytes"
+    if number == h5py.h5t.FLOAT:
+        return np.dtype(np.float32 if size == 4 else np.float64), f"float{8 * size}"
+    signed = kind.get_sign() == h5py.h5t.SGN_2
+    label = f"{'int' if signed else 'uint'}{8 * size}"
+    return np.dtype((np.int8 if signed else np.uint8) if size == 1 else np.float64), label
+
+
+def examine(dataset: h5py.Dataset) -> Layout:
+    """Everything that must hold before a dataset is read; Unusable(problem, remedy) otherwise."""
+    raw, label = element_kind(dataset)
+    if raw is None:
+        raise Unusable(f"it holds {label}", _REMEDIES.get(label, "store integers or floats of at most 8 bytes"))
+    shape = dataset.shape
+    if shape is None or len(shape) < 2:
+        found = "nothing" if shape is None else f"shape {shape}"
+        raise Unusable(f"expected rows of columns, found {found}", "store one sample per row, shape (rows, columns)")
+    if dataset.is_virtual:
+        raise Unusable("it is a virtual dataset", "copy the numbers into this file")
+    if dataset.external:
+        raise Unusable("its numbers lie in other files (external storage)", "copy the numbers into this file")
+    plist = dataset.id.get_create_plist()
+    for i in range(plist.get_nfilters()):
+        code, _, _, name = plist.get_filter(i)
+        if code not in FILTERS:
+            shown = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+            raise Unusable(f"its compression (HDF5 filter {code}, {shown!r}) is not read", "store it with gzip or lzf")
+    row_bytes = 1
+    if dataset.chunks is not None:
+        chunk_bytes = int(np.prod([float(c) for c in dataset.chunks])) * raw.itemsize
+        if chunk_bytes > MAX_CHUNK_BYTES:
+            problem = f"its chunks of {chunk_bytes / 2**20:.0f} MiB are larger than {MAX_CHUNK_BYTES // 2**20} MiB"
+            raise Unusable(problem, "store it in chunks of about 1 MiB")
+        row_bytes = chunk_bytes
+        for size, chunk in zip(shape[1:], dataset.chunks[1:], strict=True):
+            row_bytes *= -(-size // chunk)
+    if 0 not in shape:
+        _check_written(dataset, shape)
+    return Layout(shape, raw, row_bytes)
+
+
+def _check_written(dataset: h5py.Dataset, shape: tuple[int, ...]) -> None:
+    """Unusable if elements were never written: HDF5 would hand out fill values as if they were data."""
+    if dataset.id.get_storage_size() == 0:
+        raise Unusable("its numbers were never written", "write the file again")
+    if dataset.chunks is not None:
+        expected = 1
+        for size, chunk in zip(shape, dataset.chunks, strict=True):
+            expected *= -(-size // chunk)
+        written = dataset.id.get_num_chunks()
+        if written < expected:
+            raise Unusable(f"only {written} of its {expected} chunks were ever written", "write the file again")
+
+
+def entry(path: str, dataset: h5py.Dataset) -> Entry:
+    """How a dataset is listed in messages."""
+    try:
+        raw, label = element_kind(dataset)
+        shape = dataset.shape or ()
+        problem = "" if raw is not None and len(shape) >= 2 else "not numeric" if raw is None else "rank below 2"
+        return Entry(path, f"{label} {shape}", len(shape), problem)
+    except _HDF5_ERRORS as error:
+        return Entry(path, "unreadable", 0, one_line(error))
+
+
+def search(group: h5py.Group, path: str) -> Iterator[Entry]:
+    """All datasets below a group, in order of name, through hard links, each object once."""
+    seen: set[tuple[int, int]] = set()
+    budget = MAX_OBJECTS
+
+    def walk(group: h5py.Group, path: str, depth: int) -> Iterator[Entry]:
+        nonlocal budget
+        for name in group:
+            budget -= 1
+            if budget < 0:
+                return
+            member = _child(group, name)
+            if member is None:
+                continue
+            info = h5py.h5o.get_info(member.id)
+            if (info.fileno, info.addr) in seen:
+                continue
+            seen.add((info.fileno, info.addr))
+            shown = name.decode(errors="replace") if isinstance(name, bytes) else name
+            where = f"{path}/{shown}"
+            if isinstance(member, h5py.Dataset):
+                yield entry(where, member)
+            elif depth < MAX_DEPTH:
+                yield from walk(member, where, depth + 1)
+
+    yield from walk(group, path.rstrip("/"), 0)
+
+
+def member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
+    """A member by name; None if there is none; Unusable if it is a soft or external link or cannot be opened."""
+    if group.get(name, getlink=True) is None:
+        return None
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise Unusable("it is a soft or external link", "copy the dataset to this place in the file")
+    found = _child(group, name)
+    if found is None:
+        raise Unusable("it cannot be opened", "copy or download the file again")
+    return found
+
+
+class HDF5Source:
+    """A dataset of an HDF5 file as a source; see ``sources.Source``.
+
+    uint8, float32 and float64 are read as they are, int8 becomes uint8 by adding 128, other integers and float16 become
+    float64. Rank > 2 is flattened. Memory: the rows asked for and at most 64 MiB of chunks. DataError names the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], dataset: str) -> None:
+        self._path = os.fspath(path)
+        self.name = f"{self._path}:/{dataset.strip('/')}"
+        self._file = open_hdf5(self._path)
+        try:
+            self._open(dataset)
+        except Unusable as error:
+            self.close()
+            raise DataError(about_file(self.name, *error.args)) from None
+        except DataError:
+            self.close()
+            raise
+        except _HDF5_ERRORS as error:
+            self.close()
+            problem = f"the file is damaged ({one_line(error)})"
+            raise DataError(about_file(self.name, problem, "copy or download it again")) from None
+
+    def _open(self, dataset: str) -> None:
+        found: h5py.Group | h5py.Dataset | None = self._file
+        parent = self._file
+        last = ""
+        for part in (part for part in dataset.split("/") if part not in ("", ".")):
+            if not isinstance(found, h5py.Group):
+                found = None
+                break
+            parent, last = found, part
+            found = member(parent, part)
+        if not isinstance(found, h5py.Dataset):
+            raise Unusable("no such dataset", "check the name with nicecp info")
+        layout = examine(found)
+        # one row of chunks stays decompressed, so that reading on does not inflate it again
+        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+        access.set_chunk_cache(12421, min(max(layout.chunk_bytes, 2**20), _CACHE_BYTES), 0.75)
+        handle = h5py.h5d.open(parent.id, last.encode("utf-8", "surrogateescape"), access)
+        self._dataset = h5py.Dataset(handle)
+        self._layout = layout
+        n_features = 1
+        for size in layout.shape[1:]:
+            n_features *= size
+        check_size(self.name, layout.shape[0], n_features)
+        self.n_rows, self.n_features = layout.shape[0], n_features
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8) if layout.raw == np.int8 else layout.raw
+        holders = (self._dataset, self._file)
+        self.info = DataInfo(
+            image_shape=as_image_shape(layout.shape[1:], n_features)
+            if len(layout.shape) > 2
+            else _image_shape(holders, n_features),
+            columns=_names(holders, "columns", n_features),
+            units=_names(holders, "units", n_features),
+        )
+
+    @property
+    def is_image8(self) -> bool:
+        return self.dtype == np.uint8
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start..stop-1 : (stop - start, d), a new array."""
+        check_range(start, stop, self.n_rows)
+        out = np.empty((stop - start, *self._layout.shape[1:]), self._layout.raw)
+        if stop > start:
+            try:
+                self._dataset.read_direct(out, np.s_[start:stop])
+            except _HDF5_ERRORS as error:
+                problem = f"rows {start} to {stop - 1} cannot be read ({one_line(error)})"
+                raise DataError(about_file(self.name, problem, "copy or download the file again")) from None
+        block = out.reshape(stop - start, self.n_features)
+        if block.dtype == np.int8:
+            block = np.bitwise_xor(block.view(np.uint8), np.uint8(128), out=block.view(np.uint8))
+        if not self.is_image8:
+            check_finite(block, start, self.name, self.info.columns)
+        return block
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.read, self.n_rows, self.n_features, self.dtype)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> HDF5Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _attribute(holder: Any, key: str, kinds: Sequence[int], size: int) -> Any:
+    """The value of a one-dimensional attribute of at most ``size`` elements of an expected class, else None."""
+    try:
+        if not h5py.h5a.exists(holder.id, key.encode()):
+            return None
+        attribute = h5py.h5a.open(holder.id, key.encode())
+        shape = attribute.shape
+        if attribute.get_type().get_class() not in kinds or len(shape) != 1 or not 0 < shape[0] <= size:
+            return None
+        return holder.attrs[key]
+    except _HDF5_ERRORS:
+        return None
+
+
+def _image_shape(holders: Sequence[Any], n_features: int) -> tuple[int, ...] | None:
+    for holder in holders:
+        value = _attribute(holder, "image_shape", (h5py.h5t.INTEGER,), 8)
+        shape = None if value is None else as_image_shape([int(size) for size in value], n_features)
+        if shape is not None:
+            return shape
+    return None
+
+
+def _names(holders: Sequence[Any], key: str, n_features: int) -> tuple[str, ...] | None:
+    """One text per column, from the dataset or the file; None if there is none that fits."""
+    for holder in holders:
+        value = _attribute(holder, key, (h5py.h5t.STRING,), n_features)
+        if value is not None and len(value) == n_features:
+            texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in value]
+            return tuple(text.strip("\0 ") for text in texts)
+    return None
