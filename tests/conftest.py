@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: the devices that the kernel contract is checked on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+
+from nicecp.kernels import get_backend
+from nicecp.kernels.backend import Backend
+
+# Every way of running the kernels: add a line here and the whole contract is checked on it.
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "numba": lambda: get_backend("cpu", threads=1),
+    "numba-2-threads": lambda: get_backend("cpu", threads=2),
+}
+
+
+@functools.cache
+def make_backend(name: str) -> Backend:
+    return BACKENDS[name]()
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return make_backend(request.param)
+
+
+@pytest.fixture
+def one_backend() -> Backend:
+    """The first device, for tests of the tests."""
+    return make_backend(next(iter(BACKENDS)))

@@ -1,0 +1,438 @@
+"""Every operation of the kernel contract on every device, against the float64 oracle (tests/kernels/checks.py).
+
+Sizes straddle what kernels are cut into: one, a warp and a row of threads less or more one, more than a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nicecp.kernels.backend import ALIGNMENT, OPTIMIZERS, PRIORS, Backend, Purpose, Slot
+from tests import oracle
+from tests.kernels import checks
+from tests.kernels.checks import Device, halves, new_state
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
+PRIOR = pytest.mark.parametrize("prior", sorted(PRIORS))
+ROWS_COLUMNS = pytest.mark.parametrize(
+    ("n", "d"), [(1, 2), (1, 1025), (31, 33), (33, 31), (1000, 3), (1025, 33), (31, 1000), (1000, 1025)]
+)
+ADAM = {"RATE": 1e-3, "RATE_DECAY": 1, "MOMENTUM": 0.9, "SQUARE_DECAY": 0.99, "LAMBDA": 1, "EPSILON": 1e-4}
+RMSPROP = {"RATE": 1e-3, "RATE_DECAY": 1.0005, "RATE_FLOOR": 1e-4, "MOMENTUM": 0.5, "SQUARE_DECAY": 0.95}
+RMSPROP |= {"EPSILON": 0.01}
+HYPER = {"adam": ADAM, "rmsprop": RMSPROP}
+
+
+# --- arrays ------------------------
+
+
+@pytest.mark.parametrize("shape", [5, (3, 7), (0, 4), (1025,)])
+def test_alloc_is_zero_contiguous_and_aligned(backend: Backend, shape: int | tuple[int, ...]) -> None:
+    for dtype in (np.float32, np.float64, np.int64, np.uint8):
+        array = backend.alloc(shape, dtype)
+        host = backend.copy_out(array)
+        assert host.shape == ((shape,) if isinstance(shape, int) else shape)
+        assert host.dtype == dtype
+        assert not host.any()
+        assert array.flags.c_contiguous
+        if backend.device == "cpu" and host.size:
+            assert array.ctypes.data % ALIGNMENT == 0
+
+
+def test_copies(backend: Backend) -> None:
+    host = np.arange(6.0).reshape(2, 3)
+    array = backend.alloc((2, 3), np.float32)
+    backend.copy_in(array, host)
+    out = backend.copy_out(array)
+    assert out.dtype == np.float32
+    assert np.array_equal(out, host)
+    out[0, 0] = 99
+    assert backend.copy_out(array)[0, 0] == 0, "copy_out must be a copy"
+    given = backend.asarray(host.T)
+    assert np.array_equal(backend.copy_out(given), host.T)
+    assert given.flags.c_contiguous
+    if backend.device == "cpu":
+        assert backend.asarray(host) is host
+
+
+def test_record_and_computing(backend: Backend) -> None:
+    """A recorded step does each time what the step does."""
+    total, one = backend.alloc((3, 2), np.float64), backend.asarray(np.ones((3, 2)))
+    with backend.computing():
+        step = backend.record(lambda: backend.couple(total, total, one, 1))
+        before = backend.copy_out(total)[0, 0]
+        step()
+        step()
+        backend.synchronize()
+    assert (backend.copy_out(total) == before + 2).all()
+
+
+# --- borders ------------------------
+
+
+@DTYPES
+@ROWS_COLUMNS
+def test_load_batch_dequantizes(backend: Backend, dtype: str, n: int, d: int) -> None:
+    checks.check_load_batch(backend, dtype, np.uint8, n, d)
+
+
+@DTYPES
+@ROWS_COLUMNS
+@pytest.mark.parametrize("data_type", [np.float32, np.float64])
+def test_load_batch_standardises(backend: Backend, dtype: str, data_type: type, n: int, d: int) -> None:
+    checks.check_load_batch(backend, dtype, data_type, n, d)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (33, 7), (31, 33), (1025, 9), (200, 784)])
+def test_dequantized_values_are_exact(backend: Backend, dtype: str, n: int, d: int) -> None:
+    """(65536 k + bits) / 2^24 without rounding, never 1; rows and seed beyond 32 bits, no padding."""
+    checks.check_load_batch(
+        backend, dtype, np.uint8, n, d, plain=True, padding=False, first_row=2**32 - 5, seed=2**63 + 11, cursor=0
+    )
+
+
+def test_largest_dequantized_value_is_below_one(backend: Backend) -> None:
+    """Pixels of 255 over many draws, the largest bits among them."""
+    device = Device(backend, "float32")
+    n, d = 4096, 64
+    x0, x1, weight = device.out(n, d // 2), device.out(n, d // 2), device.out(n, dtype="float64")
+    data = device.put(np.full((1, d), 255, np.uint8), "uint8")
+    index, rows = device.put(np.zeros(n, np.int64), "int64"), device.put(np.arange(n), "int64")
+    shift, scale = device.put(np.zeros(d), "float64"), device.put(np.ones(d), "float64")
+    state = device.put(new_state(EPOCH=1), "float64")
+    backend.load_batch(x0, x1, weight, data, index, rows, shift, scale, state, 1, Purpose.TRAIN_NOISE)
+    largest = max(device.get(x0).max(), device.get(x1).max())
+    assert 1 - 2.0**-22 < largest < 1
+
+
+def test_noise_is_a_matter_of_row_epoch_and_purpose_only(backend: Backend) -> None:
+    """Batches of another size and order give a row the same values; another epoch, purpose, seed or row does not."""
+    device = Device(backend, "float32")
+    d, m = 11, 40
+    data = device.put(np.full((m, d), 100, np.uint8), "uint8")
+    shift, scale = device.put(np.zeros(d), "float64"), device.put(np.ones(d), "float64")
+
+    def load(order: list[int], n: int, cursor: int, epoch: int = 1, seed: int = 3, purpose: int = 0) -> list[bytes]:
+        x0, x1, weight = device.out(n, 6), device.out(n, 5), device.out(n, dtype="float64")
+        index = device.put(np.array(order), "int64")
+        state = device.put(new_state(CURSOR=cursor, EPOCH=epoch), "float64")
+        backend.load_batch(x0, x1, weight, data, index, index, shift, scale, state, seed, purpose)
+        return [bytes(a) + bytes(b) for a, b in zip(device.get(x0), device.get(x1), strict=True)]
+
+    forward = load(list(range(m)), 10, 0)
+    assert len(set(forward)) == 10
+    assert load(list(range(m))[::-1], m, 0)[::-1][:10] == forward
+    assert load(list(range(m)), 5, 1) == forward[5:]
+    for other in (load(list(range(m)), 10, 0, **{key: 2**32 + 7 if key == "seed" else 2}) for key in
+                  ("epoch", "seed", "purpose")):  # fmt: skip
+        assert not set(other) & set(forward)
+
+
+@DTYPES
+@ROWS_COLUMNS
+def test_split_and_join(backend: Backend, dtype: str, n: int, d: int) -> None:
+    checks.check_split_join(backend, dtype, n, d)
+
+
+# --- dense layers ------------------------
+
+LAYERS = pytest.mark.parametrize(
+    ("n", "i", "o"),
+    [(1, 1, 1), (1, 1000, 1025), (31, 33, 1), (33, 1, 31), (1000, 33, 31), (1025, 31, 33), (33, 1025, 1000)],
+)
+
+
+@DTYPES
+@LAYERS
+@pytest.mark.parametrize("transposes", [(False, False), (True, False), (False, True)])
+def test_matmul(backend: Backend, dtype: str, n: int, i: int, o: int, transposes: tuple[bool, bool]) -> None:
+    checks.check_matmul(backend, dtype, n, i, o, *transposes)
+
+
+@DTYPES
+@LAYERS
+@pytest.mark.parametrize("relu", [False, True])
+def test_dense_forward(backend: Backend, dtype: str, n: int, i: int, o: int, relu: bool) -> None:
+    checks.check_dense_forward(backend, dtype, n, i, o, relu)
+
+
+@DTYPES
+@LAYERS
+@pytest.mark.parametrize("relu", [False, True])
+def test_dense_backward(backend: Backend, dtype: str, n: int, i: int, o: int, relu: bool) -> None:
+    checks.check_dense_backward(backend, dtype, n, i, o, relu, (True, True, True))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    "wanted",
+    [(False, True, True), (True, False, False), (True, True, False), (True, False, True), (False, False, True)],
+)
+def test_dense_backward_without_some_outputs(backend: Backend, relu: bool, wanted: tuple[bool, bool, bool]) -> None:
+    checks.check_dense_backward(backend, "float64", 33, 31, 17, relu, wanted)
+
+
+@DTYPES
+def test_dense_forward_keeps_nan(backend: Backend, dtype: str) -> None:
+    device = Device(backend, dtype)
+    x = np.ones((33, 4))
+    x[5, 2] = np.nan
+    y = device.out(33, 6)
+    backend.dense_forward(y, device.put(x), device.put(np.ones((4, 6))), device.put(np.zeros(6)), True)
+    assert np.array_equal(np.isnan(device.get(y)).all(axis=1), np.arange(33) == 5)
+    assert np.isnan(device.get(y)).sum() == 6
+
+
+# --- coupling ------------------------
+
+
+@DTYPES
+@ROWS_COLUMNS
+@pytest.mark.parametrize("aliased", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_couple(backend: Backend, dtype: str, n: int, d: int, sign: int, aliased: bool) -> None:
+    checks.check_couple(backend, dtype, n, d, sign, aliased)
+
+
+# --- scaling and prior ------------------------
+
+
+@DTYPES
+@ROWS_COLUMNS
+@PRIOR
+@pytest.mark.parametrize("aliased", [False, True])
+def test_scale_prior_forward(backend: Backend, dtype: str, n: int, d: int, prior: str, aliased: bool) -> None:
+    checks.check_scale_prior_forward(backend, dtype, n, d, prior, aliased)
+
+
+@DTYPES
+@ROWS_COLUMNS
+@PRIOR
+@pytest.mark.parametrize("aliased", [False, True])
+def test_scale_prior_backward(backend: Backend, dtype: str, n: int, d: int, prior: str, aliased: bool) -> None:
+    checks.check_scale_prior_backward(backend, dtype, n, d, prior, aliased)
+
+
+@DTYPES
+@PRIOR
+def test_scale_prior_backward_without_ds(backend: Backend, dtype: str, prior: str) -> None:
+    checks.check_scale_prior_backward(backend, dtype, 33, 7, prior, aliased=True, with_ds=False)
+
+
+@DTYPES
+@ROWS_COLUMNS
+@pytest.mark.parametrize("aliased", [False, True])
+def test_scale_inverse(backend: Backend, dtype: str, n: int, d: int, aliased: bool) -> None:
+    checks.check_scale_inverse(backend, dtype, n, d, aliased)
+
+
+def log_density(backend: Backend, dtype: str, h: np.ndarray, prior: str) -> np.ndarray:
+    """h : (n, 2) -> logp : (n,) with log-scale 0."""
+    device = Device(backend, dtype)
+    n = len(h)
+    logp, h0, h1 = device.out(n, dtype="float64"), device.out(n, 1), device.out(n, 1)
+    zero = device.put(np.zeros(1))
+    backend.scale_prior_forward(logp, h0, h1, device.put(h[:, :1]), device.put(h[:, 1:]), zero, zero, PRIORS[prior])
+    return device.get(logp)
+
+
+@DTYPES
+@PRIOR
+def test_log_density_far_out(backend: Backend, dtype: str, prior: str) -> None:
+    """Row by row to a few units in the last place up to |h| = 1e4, where exp(|h|) overflows both dtypes."""
+    far = np.concatenate([[0.0, 1e-20, 1e-7], np.logspace(-5, 4, 200)]).astype(dtype).astype(float)
+    h = np.stack([np.concatenate([far, -far]), np.zeros(2 * len(far))], axis=1)
+    expected = oracle.log_prior(h, prior).sum(axis=1)
+    np.testing.assert_allclose(
+        log_density(backend, dtype, h, prior), expected, rtol=2.5e-7 if dtype == "float32" else 1e-15
+    )
+
+
+@DTYPES
+@PRIOR
+def test_log_density_of_numbers_that_are_not_finite(backend: Backend, dtype: str, prior: str) -> None:
+    inf, nan = np.inf, np.nan
+    h = np.array([[inf, 0], [0, -inf], [inf, -inf], [nan, 0], [0, nan], [nan, inf], [-inf, nan], [1, 2]])
+    expected = np.array([-inf, -inf, -inf, nan, nan, nan, nan, oracle.log_prior(h[-1], prior).sum()])
+    np.testing.assert_allclose(log_density(backend, dtype, h, prior), expected, rtol=1e-6)
+
+
+@DTYPES
+@PRIOR
+def test_overflow_of_the_scaling_is_not_nan(backend: Backend, dtype: str, prior: str) -> None:
+    """h overflows: the log-density is -inf, or a huge negative number where it is summed in a wider type."""
+    device = Device(backend, dtype)
+    logp, x0, x1 = device.out(1, dtype="float64"), device.out(1, 1), device.put(np.zeros((1, 1)))
+    backend.copy_in(x0, np.full((1, 1), np.finfo(dtype).max / 2))
+    s0, s1 = device.put(np.full(1, 80.0)), device.put(np.zeros(1))
+    backend.scale_prior_forward(logp, x0, x1, x0, x1, s0, s1, PRIORS[prior])
+    assert device.get(x0)[0, 0] == np.inf
+    assert device.get(logp)[0] < -1e38
+
+
+@DTYPES
+def test_logistic_gradient_far_out(backend: Backend, dtype: str) -> None:
+    """-tanh(h / 2) is -+1 to the last bit far out, and -h / 2 near 0."""
+    device = Device(backend, dtype)
+    h = np.array([[1e4, -1e4], [200, -200], [1e-6, -1e-6], [0, 0]])
+    dx0, dx1, dlogp = device.out(4, 1), device.out(4, 1), device.put(np.ones(4), "float64")
+    h0, h1, zero = device.put(h[:, :1]), device.put(h[:, 1:]), device.put(np.zeros(1))
+    backend.scale_prior_backward(dx0, dx1, None, None, dlogp, h0, h1, zero, zero, PRIORS["logistic"])
+    got = np.concatenate([device.get(dx0), device.get(dx1)], axis=1)
+    np.testing.assert_allclose(got, [[-1, 1], [-1, 1], [-5e-7, 5e-7], [0, 0]], rtol=2e-7, atol=0)
+
+
+# --- loss ------------------------
+
+
+@pytest.mark.parametrize("n", [1, 31, 33, 1000, 1025])
+@pytest.mark.parametrize("cursor", [0, 31, 32, 77])
+def test_loss(backend: Backend, n: int, cursor: int) -> None:
+    rng = np.random.default_rng(n)
+    weight = rng.uniform(0.5, 2, n)
+    weight[n // 2 + 1 :: 3] = 0
+    logp = rng.normal(-1000, 50, n)
+    checks.check_loss(backend, n, logp, weight, cursor)
+    logp[weight == 0] = np.nan  # padding is not looked at
+    checks.check_loss(backend, n, logp, weight, cursor)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_loss_that_is_not_finite_skips(backend: Backend, bad: float) -> None:
+    logp = np.linspace(-5, 5, 33)
+    logp[20] = bad
+    checks.check_loss(backend, 33, logp, np.ones(33), 3)
+
+
+def test_loss_without_any_weight_skips(backend: Backend) -> None:
+    checks.check_loss(backend, 5, np.zeros(5), np.zeros(5), 0)
+
+
+# --- optimiser ------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("size", [1, 31, 33, 1000, 1025, 50_000])
+def test_update(backend: Backend, dtype: str, optimizer: str, size: int) -> None:
+    checks.check_update(backend, dtype, optimizer, size, 3, checks.TOLERANCE[dtype], **{**HYPER[optimizer], "STEP": 4})
+
+
+@DTYPES
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_update_in_a_long_series(backend: Backend, dtype: str, optimizer: str) -> None:
+    """500 steps from step 0, AdaM with a decaying first moment, the rate falling to its floor on the way."""
+    slots = {**HYPER[optimizer], "RATE": 1e-2, "RATE_DECAY": 1.01, "RATE_FLOOR": 1e-3, "LAMBDA": 0.999}
+    checks.check_update(backend, dtype, optimizer, 33, 500, checks.TOLERANCE[dtype], **slots)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_momentum_of_the_decayed_first_moment(backend: Backend, optimizer: str) -> None:
+    """lambda < 1 late in training: the coefficient decays with the step, the bias correction does not."""
+    slots = {**HYPER[optimizer], "LAMBDA": 0.9, "STEP": 30}
+    checks.check_update(backend, "float64", optimizer, 33, 2, 1e-13, **slots)
+
+
+@DTYPES
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("size", [200, 70_000])
+def test_update_of_ranges_is_the_update_of_the_whole(backend: Backend, dtype: str, optimizer: str, size: int) -> None:
+    """Bit for bit, and what is outside a range is left alone."""
+    device = Device(backend, dtype)
+    start = [device.normal(size) for _ in range(4)]
+    start[3] = abs(start[3])
+    state = device.put(new_state(**HYPER[optimizer], STEP=2), "float64")
+
+    def run(ranges: list[tuple[int, int]]) -> list[np.ndarray]:
+        p, g, m, v = (device.put(a) for a in start)
+        for offset, length in ranges:
+            backend.update(p, g, m, v, offset, length, state, OPTIMIZERS[optimizer])
+        return [device.get(a) for a in (p, g, m, v)]
+
+    whole = run([(0, size)])
+    parts = run([(128, size - 128), (0, 64), (64, 33), (97, 31)])
+    middle = run([(64, 37)])
+    for name, before, all_at_once, in_parts, one_part in zip("pgmv", start, whole, parts, middle, strict=True):
+        assert np.array_equal(all_at_once, in_parts), name
+        inside = (np.arange(size) >= 64) & (np.arange(size) < 64 + 37)
+        assert np.array_equal(one_part[inside], all_at_once[inside]), name
+        assert np.array_equal(one_part[~inside], before[~inside]), f"{name} outside the range"
+        assert np.array_equal(all_at_once, before) == (name == "g")
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_a_loss_that_is_not_finite_leaves_the_parameters_alone(backend: Backend, optimizer: str) -> None:
+    """loss, update and advance as in a training step; the next good batch goes on from where it was."""
+    device = Device(backend, "float64")
+    buffers = [device.put(device.normal(33)) for _ in range(3)] + [device.put(np.full(33, 0.5))]
+    before = [device.get(a) for a in buffers]
+    state, dlogp, weight = device.put(new_state(**HYPER[optimizer], STEP=5)), device.out(2), device.put(np.ones(2))
+    p, g, m, v = buffers
+
+    def step(logp: list[float]) -> None:
+        backend.loss(state, dlogp, device.put(np.array(logp)), weight)
+        backend.update(p, g, m, v, 0, 33, state, OPTIMIZERS[optimizer])
+        backend.advance(state)
+
+    step([np.nan, 1.0])
+    assert all(np.array_equal(device.get(a), b) for a, b in zip(buffers, before, strict=True))
+    after = device.get(state)
+    assert after[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.SKIP]].tolist() == [5, 1, 1, 1]
+    assert after[Slot.RATE] == HYPER[optimizer]["RATE"]
+    step([2.0, 1.0])
+    assert not np.array_equal(device.get(p), before[0])
+    assert device.get(state)[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.SKIP]].tolist() == [6, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "decay", "floor", "expected"),
+    [
+        (1e-3, 1.25, 1e-4, 8e-4),
+        (1.1e-4, 1.25, 1e-4, 1e-4),
+        (1e-4, 1.25, 1e-4, 1e-4),
+        (5e-5, 1.25, 1e-4, 5e-5),
+        (1, 1, 0, 1),
+    ],
+)
+def test_advance_decays_the_rate_to_its_floor(
+    backend: Backend, rate: float, decay: float, floor: float, expected: float
+) -> None:
+    device = Device(backend, "float64")
+    state = new_state(RATE=rate, RATE_DECAY=decay, RATE_FLOOR=floor, STEP=8, CURSOR=4, SKIPPED=1, EPOCH=2, LOSS=3)
+    device_state = device.put(state)
+    backend.advance(device_state)
+    after = device.get(device_state)
+    assert after[Slot.RATE] == pytest.approx(expected, rel=1e-15)
+    assert np.allclose(after, oracle.advance(state), rtol=1e-15, atol=0)
+    assert (after != state).sum() == 2 + (expected != rate)
+
+
+# --- determinism ------------------------
+
+
+@DTYPES
+def test_the_same_arguments_give_the_same_bits(backend: Backend, dtype: str) -> None:
+    """Every reduction of a step, twice on fresh arrays, at a size that is worth cutting into slices."""
+
+    def once() -> list[bytes]:
+        device = Device(backend, dtype, seed=3)
+        n, d, k = 1025, 1000, 33
+        (d0, d1), prior = halves(d), PRIORS["logistic"]
+        x0, x1, s0, s1 = (device.put(device.normal(*shape)) for shape in ((n, d0), (n, d1), (d0,), (d1,)))
+        logp, dlogp, state = device.out(n, dtype="float64"), device.out(n, dtype="float64"), new_state(**ADAM)
+        weight, state = device.put(np.ones(n), "float64"), device.put(state, "float64")
+        backend.scale_prior_forward(logp, x0, x1, x0, x1, s0, s1, prior)
+        backend.loss(state, dlogp, logp, weight)
+        ds0, ds1 = device.out(d0), device.out(d1)
+        backend.scale_prior_backward(x0, x1, ds0, ds1, dlogp, x0, x1, s0, s1, prior)
+        w, y, dw, db, dx = (device.out(*shape) for shape in ((d0, k), (n, k), (d0, k), (k,), (n, d0)))
+        backend.dense_forward(y, x0, w, device.put(np.ones(k)), True)
+        backend.dense_backward(dx, dw, db, y, y, x0, w, False)
+        m, v = device.out(d0 * k), device.out(d0 * k)
+        backend.update(w.reshape(-1), dw.reshape(-1), m, v, 0, d0 * k, state, 0)
+        return [device.get(a).tobytes() for a in (logp, dlogp, state, ds0, ds1, y, dw, db, dx, w, m, v)]
+
+    first = once()
+    assert once() == first
