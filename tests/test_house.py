@@ -36,12 +36,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("nicecp.flow",),
     (
+        "nicecp.sources",
         "nicecp.split",
+        "nicecp.hdf5_data",
         "nicecp.data",
         "nicecp.digits",
         "nicecp.convert",
         "nicecp.checkpoint",
+        "nicecp.evaluate",
         "nicecp.train",
+        "nicecp.fit",
         "nicecp.testing",
     ),
     ("nicecp",),  # nicecp/__init__.py: what users import
@@ -105,6 +109,13 @@ def level_of(module: str) -> int:
             if module == name or (name != "nicecp" and module.startswith(name + ".")):
                 return level
     raise AssertionError(f"{module} has no place in the layers: add it to LAYERS in tests/test_house.py")
+
+
+def assigned(name: str, tree: ast.Module) -> ast.expr:
+    """What a module assigns to a name, once, at its top level."""
+    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and [ast.unparse(t) for t in n.targets] == [name]]
+    assert len(found) == 1, f"{name} is assigned {len(found)} times"
+    return found[0]
 
 
 def wrong_imports(module: str, tree: ast.Module) -> list[str]:
@@ -214,12 +225,7 @@ def test_version_is_the_same_everywhere() -> None:
     assert headings[0] == version
     cited = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert cited == [version]
-    values = [
-        n.value
-        for n in TREES["nicecp"].body
-        if isinstance(n, (ast.Assign, ast.AnnAssign)) and "__version__" in ast.unparse(n)
-    ]
-    assert [ast.literal_eval(value) for value in values if value is not None] == [version], "setuptools reads a literal"
+    assert ast.literal_eval(assigned("__version__", TREES["nicecp"])) == version, "setuptools reads a literal"
 
 
 def test_importing_nicecp_is_light() -> None:
@@ -227,6 +233,15 @@ def test_importing_nicecp_is_light() -> None:
     code = f"import sys, nicecp; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_not_modules() -> None:
+    """``import nicecp.name`` would put the module in the place of the function of that name."""
+    public = next(
+        node for node in TREES["nicecp"].body if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node)
+    )
+    names = {f"nicecp.{name}" for name in ast.literal_eval(public.value)}
+    assert names & set(MODULES) == set()
 
 
 SOURCES = [
