@@ -21,6 +21,10 @@ from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
 
 logger = logging.getLogger("nicecp")
 
+# Above this many parameters each layer is updated as soon as its gradients are ready, while they are in cache; below,
+# one call for all of them costs less than one per layer.
+UPDATE_BY_LAYER = 2**17
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -129,7 +133,10 @@ class Trainer:
         )
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
-        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self._update)
+        by_layer = self.network.layout.size > UPDATE_BY_LAYER
+        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self._update if by_layer else None)
+        if not by_layer:
+            self._update(Range(0, self.network.layout.size))
         backend.advance(self.state)
 
     def step(self) -> None:
