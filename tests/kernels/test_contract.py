@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nicecp.kernels.backend import ALIGNMENT, OPTIMIZERS, PRIORS, Backend, Purpose, Slot
+from nicecp.kernels.backend import ALIGNMENT, PRIORS, Backend, Purpose
 from tests import oracle
 from tests.kernels import checks
 from tests.kernels.checks import Device, halves, new_state
@@ -18,10 +18,6 @@ PRIOR = pytest.mark.parametrize("prior", sorted(PRIORS))
 ROWS_COLUMNS = pytest.mark.parametrize(
     ("n", "d"), [(1, 2), (1, 1025), (31, 33), (33, 31), (1000, 3), (1025, 33), (31, 1000), (1000, 1025)]
 )
-ADAM = {"RATE": 1e-3, "RATE_DECAY": 1, "MOMENTUM": 0.9, "SQUARE_DECAY": 0.99, "LAMBDA": 1, "EPSILON": 1e-4}
-RMSPROP = {"RATE": 1e-3, "RATE_DECAY": 1.0005, "RATE_FLOOR": 1e-4, "MOMENTUM": 0.5, "SQUARE_DECAY": 0.95}
-RMSPROP |= {"EPSILON": 0.01}
-HYPER = {"adam": ADAM, "rmsprop": RMSPROP}
 
 
 # --- arrays ------------------------
@@ -310,105 +306,6 @@ def test_loss_without_any_weight_skips(backend: Backend) -> None:
     checks.check_loss(backend, 5, np.zeros(5), np.zeros(5), 0)
 
 
-# --- optimiser ------------------------
-
-
-@DTYPES
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("size", [1, 31, 33, 1000, 1025, 50_000])
-def test_update(backend: Backend, dtype: str, optimizer: str, size: int) -> None:
-    checks.check_update(backend, dtype, optimizer, size, 3, checks.TOLERANCE[dtype], **{**HYPER[optimizer], "STEP": 4})
-
-
-@DTYPES
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_update_in_a_long_series(backend: Backend, dtype: str, optimizer: str) -> None:
-    """500 steps from step 0, AdaM with a decaying first moment, the rate falling to its floor on the way."""
-    slots = {**HYPER[optimizer], "RATE": 1e-2, "RATE_DECAY": 1.01, "RATE_FLOOR": 1e-3, "LAMBDA": 0.999}
-    checks.check_update(backend, dtype, optimizer, 33, 500, checks.TOLERANCE[dtype], **slots)
-
-
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_momentum_of_the_decayed_first_moment(backend: Backend, optimizer: str) -> None:
-    """lambda < 1 late in training: the coefficient decays with the step, the bias correction does not."""
-    slots = {**HYPER[optimizer], "LAMBDA": 0.9, "STEP": 30}
-    checks.check_update(backend, "float64", optimizer, 33, 2, 1e-13, **slots)
-
-
-@DTYPES
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("size", [200, 70_000])
-def test_update_of_ranges_is_the_update_of_the_whole(backend: Backend, dtype: str, optimizer: str, size: int) -> None:
-    """Bit for bit, and what is outside a range is left alone."""
-    device = Device(backend, dtype)
-    start = [device.normal(size) for _ in range(4)]
-    start[3] = abs(start[3])
-    state = device.put(new_state(**HYPER[optimizer], STEP=2), "float64")
-
-    def run(ranges: list[tuple[int, int]]) -> list[np.ndarray]:
-        p, g, m, v = (device.put(a) for a in start)
-        for offset, length in ranges:
-            backend.update(p, g, m, v, offset, length, state, OPTIMIZERS[optimizer])
-        return [device.get(a) for a in (p, g, m, v)]
-
-    whole = run([(0, size)])
-    parts = run([(128, size - 128), (0, 64), (64, 33), (97, 31)])
-    middle = run([(64, 37)])
-    for name, before, all_at_once, in_parts, one_part in zip("pgmv", start, whole, parts, middle, strict=True):
-        assert np.array_equal(all_at_once, in_parts), name
-        inside = (np.arange(size) >= 64) & (np.arange(size) < 64 + 37)
-        assert np.array_equal(one_part[inside], all_at_once[inside]), name
-        assert np.array_equal(one_part[~inside], before[~inside]), f"{name} outside the range"
-        assert np.array_equal(all_at_once, before) == (name == "g")
-
-
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_a_loss_that_is_not_finite_leaves_the_parameters_alone(backend: Backend, optimizer: str) -> None:
-    """loss, update and advance as in a training step; the next good batch goes on from where it was."""
-    device = Device(backend, "float64")
-    buffers = [device.put(device.normal(33)) for _ in range(3)] + [device.put(np.full(33, 0.5))]
-    before = [device.get(a) for a in buffers]
-    state, dlogp, weight = device.put(new_state(**HYPER[optimizer], STEP=5)), device.out(2), device.put(np.ones(2))
-    p, g, m, v = buffers
-
-    def step(logp: list[float]) -> None:
-        backend.loss(state, dlogp, device.put(np.array(logp)), weight)
-        backend.update(p, g, m, v, 0, 33, state, OPTIMIZERS[optimizer])
-        backend.advance(state)
-
-    step([np.nan, 1.0])
-    assert all(np.array_equal(device.get(a), b) for a, b in zip(buffers, before, strict=True))
-    after = device.get(state)
-    assert after[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.SKIP]].tolist() == [5, 1, 1, 1]
-    assert after[Slot.RATE] == HYPER[optimizer]["RATE"]
-    step([2.0, 1.0])
-    assert not np.array_equal(device.get(p), before[0])
-    assert device.get(state)[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.SKIP]].tolist() == [6, 2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("rate", "decay", "floor", "expected"),
-    [
-        (1e-3, 1.25, 1e-4, 8e-4),
-        (1.1e-4, 1.25, 1e-4, 1e-4),
-        (1e-4, 1.25, 1e-4, 1e-4),
-        (5e-5, 1.25, 1e-4, 5e-5),
-        (1, 1, 0, 1),
-    ],
-)
-def test_advance_decays_the_rate_to_its_floor(
-    backend: Backend, rate: float, decay: float, floor: float, expected: float
-) -> None:
-    device = Device(backend, "float64")
-    state = new_state(RATE=rate, RATE_DECAY=decay, RATE_FLOOR=floor, STEP=8, CURSOR=4, SKIPPED=1, EPOCH=2, LOSS=3)
-    device_state = device.put(state)
-    backend.advance(device_state)
-    after = device.get(device_state)
-    assert after[Slot.RATE] == pytest.approx(expected, rel=1e-15)
-    assert np.allclose(after, oracle.advance(state), rtol=1e-15, atol=0)
-    assert (after != state).sum() == 2 + (expected != rate)
-
-
 # --- determinism ------------------------
 
 
@@ -421,7 +318,11 @@ def test_the_same_arguments_give_the_same_bits(backend: Backend, dtype: str) -> 
         n, d, k = 1025, 1000, 33
         (d0, d1), prior = halves(d), PRIORS["logistic"]
         x0, x1, s0, s1 = (device.put(device.normal(*shape)) for shape in ((n, d0), (n, d1), (d0,), (d1,)))
-        logp, dlogp, state = device.out(n, dtype="float64"), device.out(n, dtype="float64"), new_state(**ADAM)
+        logp, dlogp, state = (
+            device.out(n, dtype="float64"),
+            device.out(n, dtype="float64"),
+            new_state(RATE=1e-3, MOMENTUM=0.9, SQUARE_DECAY=0.99, LAMBDA=1, EPSILON=1e-4),
+        )
         weight, state = device.put(np.ones(n), "float64"), device.put(state, "float64")
         backend.scale_prior_forward(logp, x0, x1, x0, x1, s0, s1, prior)
         backend.loss(state, dlogp, logp, weight)
