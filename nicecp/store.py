@@ -36,10 +36,9 @@ _HEADER = struct.Struct("<8sIIQ32s")  # magic, version, size of this block, leng
 MAX_FILE = 1 << 34  # bytes
 MAX_DEPTH = 8  # groups below the root
 MAX_MEMBERS = 4096  # links of one group
-MAX_OBJECTS = 100_000
+MAX_OBJECTS = 40_000  # seconds to walk through
 MAX_ATTRIBUTES = 64  # of one group
 MAX_STRING = 1 << 15  # bytes of one string: HDF5 holds attributes below 64 KiB
-MAX_RANK = 8
 
 DAMAGED = "use another copy of the file"
 _CHUNK = 1 << 24  # bytes hashed, read or written by one call
@@ -73,6 +72,8 @@ def block_for(image: bytes) -> bytes:
 
 def _image(tree: Tree) -> bytes:
     """HDF5's part of the file: oldest format (HDF5 1.0 and every later reader), no times, contiguous, unfiltered."""
+    if len(tree.arrays) > MAX_OBJECTS // 2 or any(len(attrs) > MAX_ATTRIBUTES for attrs in tree.attrs.values()):
+        raise CheckpointError(about_file("checkpoint", "too many datasets or attributes to be read again", "not saved"))
     # The core driver grows its buffer by this much at a time: small steps cost a second per 300 MB.
     step = 1 << 26 if sum(array.nbytes for array in tree.arrays.values()) > 1 << 22 else 1 << 16
     options = {"driver": "core", "backing_store": False, "block_size": step, "userblock_size": BLOCK_SIZE}
@@ -237,8 +238,8 @@ class _Walk:
         dtype, space = _dtype(dataset.get_type()), dataset.get_space()
         if dtype is None or dtype == np.uint64 or h5py.h5a.get_num_attrs(dataset):
             raise self.refuse(path, "has a type that is not used here, or attributes")
-        if space.get_simple_extent_type() != h5py.h5s.SIMPLE or space.get_simple_extent_ndims() > MAX_RANK:
-            raise self.refuse(path, "is not an array of a usable rank")
+        if space.get_simple_extent_type() != h5py.h5s.SIMPLE:
+            raise self.refuse(path, "is not an array")
         shape = tuple(int(length) for length in space.get_simple_extent_dims())
         size = math.prod(shape, start=dtype.itemsize)
         if size > self.unread or dataset.get_storage_size() != size:
@@ -376,8 +377,7 @@ def _target(path: str | os.PathLike[str], overwrite: bool, error: type[NicecpErr
 
 
 def _replace(target: str, mode: int | None, parts: Sequence[bytes], check: Callable[[], object]) -> None:
-    """The temporary file and its renaming; nothing of it stays behind on failure."""
-    # The process id in the name lets a later run tell the temporaries of dead writers.
+    """A temporary file, renamed; none stays behind on failure. Its name lets a later run tell those of dead writers."""
     temporary = os.path.join(os.path.dirname(target), f".nicecp-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
     try:

@@ -118,6 +118,18 @@ def test_other_attribute_types_are_not_written() -> None:
         encode(Tree(attrs={"/": {"x": True}}))
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        Tree(attrs={"/": {str(number): number for number in range(65)}}),
+        Tree(arrays=dict.fromkeys(map(str, range(20_001)), np.zeros(1))),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tree: Tree) -> None:
+    with pytest.raises(CheckpointError, match="too many datasets or attributes"):
+        encode(tree)
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
