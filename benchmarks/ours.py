@@ -36,7 +36,7 @@ class Ours:
     """A contestant (benchmarks/peers.py)."""
 
     def __init__(self, case: Case, threads: int) -> None:
-        self.case = case
+        self.case, self.threads = case, threads
         data = case.data()
         d = case.features
         flow = nicecp.NICE(
@@ -85,7 +85,7 @@ class Ours:
         backend, matmul = self.trainer.backend, np.matmul
         for method, part in PARTS.items():
             setattr(backend, method, clock.around(getattr(backend, method), part))
-        np.matmul = clock.around(matmul, "matrix products")
+        np.matmul = clock.around(matmul, "matrix products")  # type: ignore[assignment]
         try:
             total = self.run(steps)
         finally:
@@ -96,7 +96,7 @@ class Ours:
         return parts | {"rest": total / steps - sum(parts.values())}
 
     def about(self) -> dict[str, Any]:
-        return {"threads": self.trainer.backend.threads, "nicecp": nicecp.__version__, **versions("numpy", "numba")}
+        return {"threads": self.threads, "nicecp": nicecp.__version__, **versions("numpy", "numba")}
 
 
 class Clock:
