@@ -53,7 +53,8 @@ def split_spec(spec: str | os.PathLike[str]) -> tuple[str, str | None]:
     if "://" in spec or os.path.lexists(spec):
         return spec, None
     path, colon, name = spec.rpartition(":/")
-    return (path, "/" + name) if colon and path else (spec, None)
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return (path, "/" + "/".join(parts)) if colon and path else (spec, None)
 
 
 def _listing(entries: Sequence[Entry]) -> str:
@@ -129,20 +130,22 @@ def _locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
     import h5py
 
     from nicecp.hdf5_data import open_hdf5
+    from nicecp.store import is_checkpoint
 
+    if is_checkpoint(path):
+        raise DataError(about_file(path, "it is a nicecp checkpoint, not data", "give the data as --data"))
     with open_hdf5(path) as file:
         where = "/"
         group = file
         if dataset is not None:
             found = _walk(file, dataset, path)
-            chosen = "/" + dataset.strip("/")
             if isinstance(found, h5py.Dataset):
-                roles = {"train": chosen}
-                where, _, name = chosen.rpartition("/")
+                roles = {"train": dataset}
+                where, _, name = dataset.rpartition("/")
                 if name in TRAIN_NAMES:
                     roles |= _beside(_walk(file, where, path), where + "/", path)
-                return roles, chosen
-            group, where = found, chosen.rstrip("/") + "/"
+                return roles, dataset
+            group, where = found, dataset.rstrip("/") + "/"
         test = _named(group, where, TEST_NAMES, path)
         try:
             train = _choose_train(group, where, path)
@@ -193,7 +196,7 @@ def open_source(spec: Any, role: str = "train") -> Source:
 
     path, dataset = split_spec(spec)
     roles, test = _locate(path, dataset)
-    named = dataset is not None and roles.get("train") == "/" + dataset.strip("/")
+    named = dataset is not None and roles.get("train") == dataset
     chosen = roles.get("train") if named else test if role == "test" else roles.get(role)
     if chosen is None:
         names = " or ".join(repr(n) for n in (VALID_NAMES if role == "valid" else TRAIN_NAMES))
