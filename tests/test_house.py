@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.flow",),
     ("nicecp.*",),  # training and tools: every module that is not named elsewhere
     ("nicecp",),  # nicecp/__init__.py: what users import
-    ("nicecp.cli",),
+    ("nicecp.cli", "nicecp.__main__"),
 )
 FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "flax", "mxnet", "paddle"}
 LINE_LIMIT = 400
