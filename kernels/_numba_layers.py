@@ -123,7 +123,14 @@ def _exp_minus(a):  # type: ignore[no-untyped-def]
     return 0.0 if a > 708.0 else p * np.int64(bits).view(np.float64)
 
 
-_TILE = 64  # columns at a time: their exp(s) stays in a small buffer, and 64 factors of at most 2 cannot overflow
+_TILE = 64  # elements at a time: they stay in a small buffer, and 64 factors of at most 2 cannot overflow
+
+
+@inlined
+def _column_tiles(k):  # type: ignore[no-untyped-def]
+    """Columns per tile and rows per tile of a part of k columns: a tile is about _TILE consecutive elements."""
+    columns = min(k, _TILE)
+    return columns, max(1, _TILE // columns)
 
 
 @kernel
@@ -133,58 +140,76 @@ def scale_prior_forward(logp, h, x, s, prior, first):  # type: ignore[no-untyped
     if first:
         for i in range(n):
             logp[i] = 0.0
+    columns, rows = _column_tiles(k)
     factor = np.empty(_TILE, np.float64)
-    for start in range(0, k, _TILE):
-        stop = min(start + _TILE, k)
+    size = np.empty(_TILE, np.float64)
+    term = np.empty(_TILE, np.float64)
+    for start in range(0, k, columns):
+        width = min(columns, k - start)
         log_det = 0.0
-        for c in range(start, stop):
-            factor[c - start] = math.exp(np.float64(s[c]))
-            log_det += np.float64(s[c])
-        for i in range(n):
+        for c in range(width):
+            factor[c] = math.exp(np.float64(s[start + c]))
+            log_det += np.float64(s[start + c])
+        for top in range(0, n, rows):
+            height = min(rows, n - top)
+            for r in range(height):
+                for c in range(width):
+                    value = np.float64(x[top + r, start + c]) * factor[c]
+                    h[top + r, start + c] = value
+                    size[r * width + c] = abs(value)
             if prior == 0:
-                square = 0.0
-                for c in range(start, stop):
-                    value = np.float64(x[i, c]) * factor[c - start]
-                    h[i, c] = value
-                    square += value * value
-                logp[i] += log_det - 0.5 * square - (stop - start) * _HALF_LOG_2PI
+                for r in range(height):
+                    square = 0.0
+                    for c in range(r * width, (r + 1) * width):
+                        square += size[c] * size[c]
+                    logp[top + r] += log_det - 0.5 * square - width * _HALF_LOG_2PI
             else:
-                # sum of log1p(exp(-|h|)) as the log of a product of factors in (1, 2]
-                total, product = 0.0, 1.0
-                for c in range(start, stop):
-                    value = np.float64(x[i, c]) * factor[c - start]
-                    h[i, c] = value
-                    value = abs(value)
-                    total += value
-                    product *= 1.0 + _exp_minus(value)
-                logp[i] += log_det - total - 2.0 * math.log(product)
+                for c in range(height * width):
+                    term[c] = 1.0 + _exp_minus(size[c])
+                for r in range(height):
+                    # sum of log1p(exp(-|h|)) as the log of a product of factors in (1, 2]
+                    total, product = 0.0, 1.0
+                    for c in range(r * width, (r + 1) * width):
+                        total += size[c]
+                        product *= term[c]
+                    logp[top + r] += log_det - total - 2.0 * math.log(product)
 
 
 @kernel
 def scale_prior_backward(dx, ds, dlogp, h, s, prior, with_ds):  # type: ignore[no-untyped-def]
     """One part: dx : (n, k) = dlogp g(h) exp(s); ds : (k,) = sum_i dlogp (g(h) h + 1), rows in order, in float64."""
     n, k = h.shape
+    columns, rows = _column_tiles(k)
     factor = np.empty(_TILE, np.float64)
     gradient = np.empty(_TILE, np.float64)
-    for start in range(0, k, _TILE):
-        stop = min(start + _TILE, k)
-        for c in range(start, stop):
-            factor[c - start] = math.exp(np.float64(s[c]))
-            gradient[c - start] = 0.0
-        for i in range(n):
-            up = dlogp[i]
-            for c in range(start, stop):
-                value = np.float64(h[i, c])
-                if prior == 0:
-                    g = -value
-                else:
-                    e = _exp_minus(abs(value))
-                    g = math.copysign((1.0 - e) / (1.0 + e), -value)
-                dx[i, c] = up * g * factor[c - start]
-                gradient[c - start] += up * (g * value + 1.0)
+    value = np.empty(_TILE, np.float64)
+    slope = np.empty(_TILE, np.float64)
+    for start in range(0, k, columns):
+        width = min(columns, k - start)
+        for c in range(width):
+            factor[c] = math.exp(np.float64(s[start + c]))
+            gradient[c] = 0.0
+        for top in range(0, n, rows):
+            height = min(rows, n - top)
+            for r in range(height):
+                for c in range(width):
+                    value[r * width + c] = h[top + r, start + c]
+            if prior == 0:
+                for c in range(height * width):
+                    slope[c] = -value[c]
+            else:
+                for c in range(height * width):
+                    e = _exp_minus(abs(value[c]))
+                    slope[c] = math.copysign((1.0 - e) / (1.0 + e), -value[c])
+            for r in range(height):
+                up = dlogp[top + r]
+                for c in range(width):
+                    g = slope[r * width + c]
+                    dx[top + r, start + c] = up * g * factor[c]
+                    gradient[c] += up * (g * value[r * width + c] + 1.0)
         if with_ds:
-            for c in range(start, stop):
-                ds[c] = gradient[c - start]
+            for c in range(width):
+                ds[start + c] = gradient[c]
 
 
 @kernel
@@ -239,10 +264,15 @@ def update_adam(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-def]
     rate = real(state[_RATE] / (1.0 - momentum**t))
     root = real(1.0 / math.sqrt(1.0 - decay**t))
     epsilon = real(state[_EPSILON])
-    for i in range(start, stop):
+    zero, tiny = real(0), real(np.finfo(p.dtype).tiny)
+    p, g, m, v = p[start:stop], g[start:stop], m[start:stop], v[start:stop]  # from 0: negative indices are ruled out
+    for i in range(p.shape[0]):
         gi = g[i]
         mi = b1 * m[i] + one_b1 * gi
         vi = b2 * v[i] + one_b2 * gi * gi
+        # Moments of units that stay silent decay into denormal numbers, which cost 50 times as much: as on GPUs, 0.
+        mi = zero if abs(mi) < tiny else mi
+        vi = zero if vi < tiny else vi
         m[i] = mi
         v[i] = vi
         p[i] -= rate * mi / (math.sqrt(vi) * root + epsilon)
@@ -257,10 +287,14 @@ def update_rmsprop(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-d
     momentum, rate = real(state[_MOMENTUM]), real(state[_RATE])
     b2, one_b2 = real(state[_SQUARE_DECAY]), real(1.0 - state[_SQUARE_DECAY])
     floor = real(state[_EPSILON])
-    for i in range(start, stop):
+    zero, tiny = real(0), real(np.finfo(p.dtype).tiny)
+    p, g, m, v = p[start:stop], g[start:stop], m[start:stop], v[start:stop]  # from 0: negative indices are ruled out
+    for i in range(p.shape[0]):
         gi = g[i]
         vi = b2 * v[i] + one_b2 * gi * gi
+        vi = zero if vi < tiny else vi  # no denormal numbers, as in update_adam
         v[i] = vi
         mi = momentum * m[i] - rate * gi / max(math.sqrt(vi), floor)
+        mi = zero if abs(mi) < tiny else mi
         m[i] = mi
         p[i] += mi

@@ -46,6 +46,13 @@ class Workspace:
             self.dys.append(turns)
             if keep:
                 self.out.append(backend.alloc((n, parts[transforms]), dtype))
+        # keep: the half that each coupling reads, as it is then
+        parts_now = list(self.x)
+        self.conditions: list[Array] = []
+        for k, coupling in enumerate(spec.couplings):
+            self.conditions.append(parts_now[coupling.conditions_on])
+            if keep:
+                parts_now[coupling.transforms] = self.out[k]
         self.dx = [backend.alloc((n, size), dtype) for size in parts] if keep else []
         self.dcondition = self._shift
 
@@ -61,14 +68,6 @@ class Network:
 
     def workspace(self, n: int, keep: bool) -> Workspace:
         return Workspace(self.backend, self.spec, n, keep)
-
-    def _inputs(self, ws: Workspace) -> list[tuple[Array, Array]]:
-        """Of every coupling (keep): the half it changes as it was, and the half it reads."""
-        parts, inputs = list(ws.x), []
-        for k, coupling in enumerate(self.couplings):
-            inputs.append((parts[coupling.transforms], parts[coupling.conditions_on]))
-            parts[coupling.transforms] = ws.out[k]
-        return inputs
 
     def forward(self, ws: Workspace, params: Views) -> None:
         """ws.x -> ws.h and ws.logp = log p(h) + sum(s), in nats per row.  Pair: backward."""
@@ -98,7 +97,6 @@ class Network:
         self.backend.scale_prior_backward(*dx, *ds, ws.dlogp, *ws.h, *params.scaling, self.prior)
         if ready is not None:
             ready(layout.scaling)
-        inputs = self._inputs(ws)
         for k in range(len(self.couplings) - 1, -1, -1):
             coupling, ranges = self.couplings[k], layout.layers[k]
             c = coupling.conditions_on
@@ -111,7 +109,7 @@ class Network:
                 dx[coupling.transforms],
                 ws.dys[k],
                 ws.ys[k],
-                inputs[k][1],
+                ws.conditions[k],
                 params.couplings[k],
                 None if ready is None else lambda j, ranges=ranges: ready(ranges[j]),  # type: ignore[misc]
             )
