@@ -78,11 +78,11 @@ def _image(tree: Tree) -> bytes:
     step = 1 << 26 if sum(array.nbytes for array in tree.arrays.values()) > 1 << 22 else 1 << 16
     options = {"driver": "core", "backing_store": False, "block_size": step, "userblock_size": BLOCK_SIZE}
     with h5py.File("image", "w", libver=("earliest", "v108"), **options) as file:
-        for path, attrs in tree.attrs.items():
+        for path, attrs in sorted(tree.attrs.items()):
             group = file.require_group(path)
-            for name, value in attrs.items():
+            for name, value in sorted(attrs.items()):
                 group.attrs.create(name, _labelled(_attribute(value)))
-        for path, array in tree.arrays.items():
+        for path, array in sorted(tree.arrays.items()):
             file.create_dataset(path, data=_labelled(_storable(path, array)), track_times=False)
         file.flush()
         return bytes(file.id.get_file_image())
