@@ -129,12 +129,12 @@ def _locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
     """Roles -> dataset paths of a file, and where the test rows of an evaluation are ('' if nowhere)."""
     import h5py
 
-    from nicecp.hdf5_data import open_hdf5
+    from nicecp.hdf5_data import damage_reported, open_hdf5
     from nicecp.store import is_checkpoint
 
     if is_checkpoint(path):
         raise DataError(about_file(path, "it is a nicecp checkpoint, not data", "give the data as --data"))
-    with open_hdf5(path) as file:
+    with open_hdf5(path) as file, damage_reported(path):
         where = "/"
         group = file
         if dataset is not None:

@@ -6,6 +6,7 @@ written completely, and holds integers or floats of at most 8 bytes, unfiltered 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,18 @@ def one_line(error: BaseException) -> str:
     """The message of an exception as one line of at most 200 characters; HDF5's span several."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextlib.contextmanager
+def damage_reported(name: str) -> Iterator[None]:
+    """What HDF5 and h5py raise for damaged files, as a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _HDF5_ERRORS as error:
+        problem = f"the file is damaged ({one_line(error)})"
+        raise DataError(about_file(name, problem, "copy or download it again")) from None
 
 
 def check_regular(path: str) -> None:
@@ -280,17 +293,14 @@ class HDF5Source:
         self.name = f"{self._path}:/{dataset.strip('/')}"
         self._file = open_hdf5(self._path)
         try:
-            self._open(dataset)
+            with damage_reported(self.name):
+                self._open(dataset)
         except Unusable as error:
             self.close()
             raise DataError(about_file(self.name, *error.args)) from None
-        except DataError:
+        except BaseException:
             self.close()
             raise
-        except _HDF5_ERRORS as error:
-            self.close()
-            problem = f"the file is damaged ({one_line(error)})"
-            raise DataError(about_file(self.name, problem, "copy or download it again")) from None
 
     def _open(self, dataset: str) -> None:
         found: h5py.Group | h5py.Dataset | None = self._file
@@ -318,13 +328,10 @@ class HDF5Source:
         self.n_rows, self.n_features = layout.shape[0], n_features
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if layout.raw == np.int8 else layout.raw
         holders = (self._dataset, self._file)
-        self.info = DataInfo(
-            image_shape=as_image_shape(layout.shape[1:], n_features)
-            if len(layout.shape) > 2
-            else _image_shape(holders, n_features),
-            columns=_names(holders, "columns", n_features),
-            units=_names(holders, "units", n_features),
-        )
+        flat = len(layout.shape) == 2
+        shape = _image_shape(holders, n_features) if flat else as_image_shape(layout.shape[1:], n_features)
+        names = (_names(holders, key, n_features) for key in ("columns", "units"))
+        self.info = DataInfo(shape, *names)
 
     @property
     def is_image8(self) -> bool:

@@ -416,6 +416,23 @@ def test_storage_that_cannot_be_trusted(tmp_path: Path) -> None:
     refused(path + ":/zipped", "rows 0 to 9 cannot be read")
 
 
+def test_flipped_bits_are_refused_or_harmless(make: Callable[..., str], tmp_path: Path) -> None:
+    whole = Path(make(train=TABLE, g__test=TABLE)).read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped.h5").write_bytes(damaged)
+        try:
+            with open_splits(tmp_path / "flipped.h5") as splits:
+                splits.train.load()
+        except DataError as error:
+            assert str(error).isprintable()
+            refusals += 1
+    assert refusals > 20  # most of the file is numbers and gaps
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_the_first_value_that_is_not_finite_is_named(tmp_path: Path, bad: float, in_file: bool) -> None:
