@@ -252,7 +252,7 @@ def test_is_checkpoint_looks_at_the_magic_only(tmp_path: Path) -> None:
 def test_writing_to_what_cannot_be_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "device").symlink_to("/dev/full")
+    (tmp_path / "device").symlink_to("/dev/null")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError) as caught:
