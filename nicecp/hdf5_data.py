@@ -330,8 +330,8 @@ class HDF5Source:
         holders = (self._dataset, self._file)
         flat = len(layout.shape) == 2
         shape = _image_shape(holders, n_features) if flat else as_image_shape(layout.shape[1:], n_features)
-        names = (_names(holders, key, n_features) for key in ("columns", "units"))
-        self.info = DataInfo(shape, *names)
+        columns, units = (_names(holders, key, n_features) for key in ("columns", "units"))
+        self.info = DataInfo(shape, columns, units)
 
     @property
     def is_image8(self) -> bool:
