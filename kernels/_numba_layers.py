@@ -20,7 +20,7 @@ _LOSS_RING, _RING_SIZE = Slot.LOSS_RING, Slot.RING_SIZE
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
-# --- dense ---------------------------------------------------------------------------------------------------------
+# --- dense ----------------------------------------------------------------------------------------
 
 
 @kernel
@@ -68,7 +68,7 @@ def relu_backward(dy, y):  # type: ignore[no-untyped-def]
             dy[i, c] = zero if y[i, c] <= zero else dy[i, c]
 
 
-# --- coupling, halves -----------------------------------------------------------------------------------------------
+# --- coupling, halves -----------------------------------------------------------------------------
 
 
 @kernel
@@ -89,7 +89,7 @@ def subtract(y, x, m):  # type: ignore[no-untyped-def]
             y[i, c] = x[i, c] - m[i, c]
 
 
-# --- scaling and prior ----------------------------------------------------------------------------------------------
+# --- scaling and prior ----------------------------------------------------------------------------
 
 _LOG2E = 1.0 / math.log(2.0)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10  # sum is log 2 to 86 bits (Cody & Waite)
@@ -228,7 +228,7 @@ def scale_inverse(x, h, s):  # type: ignore[no-untyped-def]
 
 @kernel
 def loss(state, dlogp, logp, weight):  # type: ignore[no-untyped-def]
-    """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w), all (n,) float64; rows of weight 0 are not looked at."""
+    """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w), all (n,) float64; rows of weight 0 are not read."""
     n = logp.shape[0]
     total, weights = 0.0, 0.0
     for i in range(n):
@@ -247,7 +247,7 @@ def loss(state, dlogp, logp, weight):  # type: ignore[no-untyped-def]
         dlogp[i] = -weight[i] / weights if finite else 0.0
 
 
-# --- optimisers ----------------------------------------------------------------------------------------------------------
+# --- optimisers -----------------------------------------------------------------------------------
 
 
 @kernel

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels check shapes where they are called
@@ -82,7 +81,7 @@ class Backend(ABC):
     name: str
     device: str
 
-    # --- arrays ------------------------------------------------------------------------------------------------
+    # --- arrays -----------------------------------------------------------------------------------
 
     @abstractmethod
     def alloc(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
@@ -112,7 +111,7 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Wait until all that was launched has finished."""
 
-    # --- borders: rows of data <-> two contiguous halves ----------------------------------------------------------
+    # --- borders: rows of data <-> two contiguous halves ------------------------------------------
 
     @abstractmethod
     def load_batch(
@@ -133,8 +132,8 @@ class Backend(ABC):
 
         x0 : (n, d0), x1 : (n, d1) outputs; weight : (n,) float64 output, 1 for a row and 0 for padding
         data : (m, d) uint8, float32 or float64; index, rows : (>= (cursor + 1) * n,) int64
-            Row i of the batch is data[index[cursor * n + i]]; it is row rows[cursor * n + i] of the file, which keys its
-            noise. index < 0 marks padding: zeros with weight 0.
+            Row i of the batch is data[index[cursor * n + i]]; it is row rows[cursor * n + i] of the file, which keys
+            its noise. index < 0 marks padding: zeros with weight 0.
         shift, scale : (d,) float64, in data order
             uint8: x = shift + scale * (65536 k + bits) / 2^24, bits uniform in 0..65535 (column c: block c // 8, word
             c % 8 // 2, low half first), so with shift 0 and scale 1 x is exact in float32 and never 1. Epoch word:
@@ -150,7 +149,7 @@ class Backend(ABC):
     def join(self, x: Array, x0: Array, x1: Array) -> None:
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), interleaved.  Pair: split."""
 
-    # --- dense layers -------------------------------------------------------------------------------------------------
+    # --- dense layers -----------------------------------------------------------------------------
 
     @abstractmethod
     def matmul(self, out: Array, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:
@@ -172,7 +171,7 @@ class Backend(ABC):
         With relu, dy : (n, o) is first set to 0 where y <= 0, in place.  Pair: dense_forward.
         """
 
-    # --- coupling ---------------------------------------------------------------------------------------------------------
+    # --- coupling ---------------------------------------------------------------------------------
 
     @abstractmethod
     def couple(self, y: Array, x: Array, m: Array, sign: int) -> None:
@@ -181,7 +180,7 @@ class Backend(ABC):
         Its own backward is the identity on x and sign on m.  Source: Dinh et al. 2015, section 3.2.
         """
 
-    # --- scaling, prior, loss --------------------------------------------------------------------------------------------
+    # --- scaling, prior, loss ---------------------------------------------------------------------
 
     @abstractmethod
     def scale_prior_forward(
@@ -220,13 +219,13 @@ class Backend(ABC):
 
     @abstractmethod
     def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:
-        """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w); all (n,) float64, rows of weight 0 are not looked at.
+        """state[LOSS] = -sum(w logp) / sum(w), dlogp = -w / sum(w); all (n,) float64, rows of weight 0 are not read.
 
         Adds to LOG_PROB_SUM and WEIGHT_SUM and writes the loss ring.  A loss that is not finite sets SKIP, leaves the
         sums alone and makes dlogp 0; a finite one clears SKIP.
         """
 
-    # --- optimiser ---------------------------------------------------------------------------------------------------------------
+    # --- optimiser --------------------------------------------------------------------------------
 
     @abstractmethod
     def update(
@@ -245,21 +244,21 @@ class Backend(ABC):
         """End of a step: CURSOR += 1; unless SKIP, STEP += 1 and RATE = max(RATE / RATE_DECAY, RATE_FLOOR) (a rate
         that starts below the floor stays); with SKIP, SKIPPED += 1."""
 
-    # --- random numbers ---------------------------------------------------------------------------------------------------------
+    # --- random numbers ---------------------------------------------------------------------------
 
     @abstractmethod
     def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        """out : (n, k) = bits * 2^-16, 16 bits each (block c // 8, word c % 8 // 2, low half first); row first_row + i."""
+        """out : (n, k) = bits * 2^-16, 16 bits each: block c // 8, word c % 8 // 2, low half first; row first_row + i."""
 
     @abstractmethod
     def fill_normal(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
         """out : (n, k) standard normal by Box-Muller: block c // 2 gives columns 2j (cosine) and 2j + 1 (sine).
 
-        Its words a, b, c, d give the open uniforms u = ((a >> 6) 2^26 + (b >> 6) + 0.5) 2^-52 and, from c, d, v (52 bits
-        and the half are exact in float64, so that neither is ever 0 or 1);
+        Its words a, b, c, d give the open uniforms u = ((a >> 6) 2^26 + (b >> 6) + 0.5) 2^-52 and, from c, d, v (52
+        bits and the half are exact in float64, so that neither is ever 0 or 1);
         columns sqrt(-2 log u) cos(2 pi v) and sqrt(-2 log u) sin(2 pi v), computed in float64.
         """
 
     @abstractmethod
     def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        """out : (n, k) standard logistic log(u / (1 - u)); block c // 2, column 2j from u, 2j + 1 from v as in fill_normal."""
+        """out : (n, k) standard logistic log(u / (1 - u)); column 2j from u, 2j + 1 from v of block j as in fill_normal."""

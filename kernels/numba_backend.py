@@ -15,7 +15,7 @@ from nicecp.kernels import _numba_random as random
 from nicecp.kernels.backend import ALIGNMENT, OPTIMIZERS, Array, Backend, Slot
 from nicecp.kernels.pool import SlicePool
 
-_UPDATE_GRAIN = 16384  # elements: a multiple of the alignment; below two grains a second thread costs more than it saves
+_UPDATE_GRAIN = 16384  # elements, a multiple of the alignment; for fewer a second thread costs more than it saves
 _LOAD_GRAIN = 16  # rows
 
 
@@ -43,7 +43,7 @@ class NumbaBackend(Backend):
     def __reduce__(self) -> tuple[Any, ...]:
         return NumbaBackend, (self.blas_threads,)
 
-    # --- arrays ------------------------------------------------------------------------------------------------
+    # --- arrays -----------------------------------------------------------------------------------
 
     def alloc(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
         dims = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -82,7 +82,7 @@ class NumbaBackend(Backend):
     def synchronize(self) -> None:
         """Calls return when their work is done."""
 
-    # --- borders ------------------------------------------------------------------------------------------------
+    # --- borders ----------------------------------------------------------------------------------
 
     def load_batch(
         self,
@@ -126,7 +126,7 @@ class NumbaBackend(Backend):
         x[:, 0::2] = x0
         x[:, 1::2] = x1
 
-    # --- dense layers --------------------------------------------------------------------------------------------------
+    # --- dense layers -----------------------------------------------------------------------------
 
     def matmul(self, out: Array, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:
         np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
@@ -147,7 +147,7 @@ class NumbaBackend(Backend):
         if dw is not None:
             np.matmul(x.T, dy, out=dw)
 
-    # --- coupling ----------------------------------------------------------------------------------------------------------
+    # --- coupling ---------------------------------------------------------------------------------
 
     def couple(self, y: Array, x: Array, m: Array, sign: int) -> None:
         if sign == 1:
@@ -155,7 +155,7 @@ class NumbaBackend(Backend):
         else:
             layers.subtract(y, x, m)
 
-    # --- scaling, prior, loss --------------------------------------------------------------------------------------------
+    # --- scaling, prior, loss ---------------------------------------------------------------------
 
     def scale_prior_forward(
         self, logp: Array, h0: Array, h1: Array, x0: Array, x1: Array, s0: Array, s1: Array, prior: int
@@ -187,7 +187,7 @@ class NumbaBackend(Backend):
     def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:
         layers.loss(state, dlogp, logp, weight)
 
-    # --- optimiser ---------------------------------------------------------------------------------------------------------------
+    # --- optimiser --------------------------------------------------------------------------------
 
     def update(
         self, p: Array, g: Array, m: Array, v: Array, offset: int, size: int, state: Array, optimizer: int
@@ -204,7 +204,7 @@ class NumbaBackend(Backend):
         rate = state[Slot.RATE]
         state[Slot.RATE] = max(rate / state[Slot.RATE_DECAY], min(rate, state[Slot.RATE_FLOOR]))
 
-    # --- random numbers ---------------------------------------------------------------------------------------------------------
+    # --- random numbers ---------------------------------------------------------------------------
 
     def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
         random.fill_uniform(out, np.uint64(seed), purpose, epoch, first_row)

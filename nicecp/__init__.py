@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nicecp.checkpoint import load
-    from nicecp.fit import fit
+    from nicecp.fitting import fit
     from nicecp.flow import NICE
     from nicecp.optimizers import AdaM, RMSProp
 
@@ -21,7 +21,7 @@ __all__ = ["NICE", "AdaM", "RMSProp", "__version__", "fit", "load"]
 _HOMES = {
     "NICE": "nicecp.flow",
     "load": "nicecp.checkpoint",
-    "fit": "nicecp.fit",
+    "fit": "nicecp.fitting",
     "AdaM": "nicecp.optimizers",
     "RMSProp": "nicecp.optimizers",
     "testing": "",

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
-from nicecp.network import Network, Workspace
+from nicecp.network import Halves, Network, Workspace
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.records import DataInfo, Parameters
@@ -26,7 +26,6 @@ logger = logging.getLogger("nicecp")
 
 CHUNK = 1024  # rows at a time: bounds a call's memory; small enough that activations stay in cache
 FloatArray = NDArray[np.float64]
-
 
 
 class NICE:
@@ -132,7 +131,7 @@ class NICE:
             f"of {hidden or 'no hidden layer'}, {self.spec.prior} prior, {self.spec.dtype})"
         )
 
-    # --- what it is -----------------------------------------------------------------------------------------------
+    # --- what it is -------------------------------------------------------------------------------
 
     @property
     def n_features(self) -> int:
@@ -163,7 +162,7 @@ class NICE:
         self._build(spec, self.parameters(), tuple(preprocessing), info, self.seed, self.init, self.backend)
         self._dtype_is_open = False
 
-    # --- densities -------------------------------------------------------------------------------------------------
+    # --- densities --------------------------------------------------------------------------------
 
     def log_prob(self, x: ArrayLike, context: None = None, dtype: DTypeLike = np.float64) -> Any:
         """Log-density in nats: (d,) -> float, (..., d) -> (...) of ``dtype``.
@@ -206,6 +205,7 @@ class NICE:
             self.network.forward(ws, self._views)
             self.backend.copy_in(ws.dlogp, np.ones(ws.n))
             self.network.backward(ws, self._views, None, want_dx=True)
+            assert ws.dx is not None
             out[at] = self._joined(ws.dx, ws.n)
 
         z, _, bad = self._to_inputs(rows)
@@ -235,7 +235,7 @@ class NICE:
         loss = -float(self.backend.copy_out(ws.logp).mean()) - log_det
         return loss, self.network.layout.to_host(self.backend, flat)
 
-    # --- the bijection ----------------------------------------------------------------------------------------------
+    # --- the bijection ----------------------------------------------------------------------------
 
     def forward(self, x: ArrayLike) -> tuple[FloatArray, Any]:
         """x : (..., d) -> latent h : (..., d) and log abs det dh/dx : (...), a float for one row, in nats."""
@@ -286,7 +286,7 @@ class NICE:
         fill(h, seed, Purpose.SAMPLE, 0)
         return self.inverse(self.backend.copy_out(h))[0]
 
-    # --- files --------------------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the flow as a version 1 checkpoint (docs/checkpoint.md), whole or not at all.
@@ -295,7 +295,7 @@ class NICE:
         """
         write_tree(path, model_tree(self.spec, self.parameters(), self.preprocessing, self.info), overwrite)
 
-    # --- borders --------------------------------------------------------------------------------------------------------
+    # --- borders ----------------------------------------------------------------------------------
 
     def _refuse_context(self, context: None) -> None:
         if context is not None:
@@ -306,7 +306,8 @@ class NICE:
         array = np.asarray(x)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"expected real numbers, got an array of dtype {array.dtype}")
-        if array.dtype.kind in "iu" and not integers and any(isinstance(step, Dequantize) for step in self.preprocessing):
+        eight_bit = any(isinstance(step, Dequantize) for step in self.preprocessing)
+        if array.dtype.kind in "iu" and eight_bit and not integers:
             raise TypeError(
                 f"expected dequantized values, got {array.dtype}: this flow was trained on 8-bit data, "
                 "pass low + (high - low) * (k + u) / 256 with u uniform in [0, 1)"
@@ -343,7 +344,7 @@ class NICE:
                 self._load(ws, part)
                 handle(ws, slice(start, start + part.shape[0]))
 
-    def _joined(self, halves: list[Array], n: int) -> NDArray[Any]:
+    def _joined(self, halves: Halves, n: int) -> NDArray[Any]:
         out = self.backend.alloc((n, self.n_features), self.spec.dtype)
         self.backend.join(out, *halves)
         return self.backend.copy_out(out)

@@ -14,6 +14,8 @@ from nicecp.kernels.backend import PRIORS, Array, Backend
 from nicecp.params import Layout, Range, Views
 from nicecp.spec import ModelSpec
 
+Halves = tuple[Array, Array]  # (n, d0), (n, d1)
+
 
 class Workspace:
     """Buffers for n rows. keep=False: scoring and sampling, in place. keep=True: activations are kept for backward.
@@ -25,8 +27,12 @@ class Workspace:
     def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool) -> None:
         dtype, parts = np.dtype(spec.dtype), spec.part_sizes
         self.n, self.keep = n, keep
-        self.x = [backend.alloc((n, size), dtype) for size in parts]
-        self.h = [backend.alloc((n, size), dtype) for size in parts] if keep else self.x
+
+        def halves() -> Halves:
+            return backend.alloc((n, parts[0]), dtype), backend.alloc((n, parts[1]), dtype)
+
+        self.x = halves()
+        self.h = halves() if keep else self.x
         self.logp = backend.alloc(n, np.float64)
         self.dlogp = backend.alloc(n, np.float64)
         self.weight = backend.alloc(n, np.float64)
@@ -34,7 +40,7 @@ class Workspace:
         widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
         # Two scratch buffers take turns: activations when scoring, their gradients in the backward pass.
         self._scratch = [backend.alloc(n * widest, dtype) for _ in range(2)]
-        self._shift = [backend.alloc((n, size), dtype) for size in parts]  # a network's output, then its input gradient
+        self._shift = halves()  # a network's output, then its input gradient
         self.ys: list[list[Array]] = []
         self.dys: list[list[Array]] = []
         self.out: list[Array] = []  # keep: the changed half after each coupling
@@ -53,7 +59,7 @@ class Workspace:
             self.conditions.append(parts_now[coupling.conditions_on])
             if keep:
                 parts_now[coupling.transforms] = self.out[k]
-        self.dx = [backend.alloc((n, size), dtype) for size in parts] if keep else []
+        self.dx = halves() if keep else None
         self.dcondition = self._shift
 
 
@@ -71,13 +77,13 @@ class Network:
 
     def forward(self, ws: Workspace, params: Views) -> None:
         """ws.x -> ws.h and ws.logp = log p(h) + sum(s), in nats per row.  Pair: backward."""
-        parts = list(ws.x)
+        parts = [ws.x[0], ws.x[1]]
         for k, coupling in enumerate(self.couplings):
             x, condition = parts[coupling.transforms], parts[coupling.conditions_on]
             y = ws.out[k] if ws.keep else x
             coupling.forward(self.backend, y, x, condition, ws.ys[k], params.couplings[k])
             parts[coupling.transforms] = y
-        self.backend.scale_prior_forward(ws.logp, *ws.h, *parts, *params.scaling, self.prior)
+        self.backend.scale_prior_forward(ws.logp, *ws.h, parts[0], parts[1], *params.scaling, self.prior)
 
     def backward(
         self,
@@ -93,8 +99,10 @@ class Network:
         buffer are complete and its parameters will not be read again.
         """
         dx, layout = ws.dx, self.layout
-        ds = grads.scaling if grads is not None else (None, None)
-        self.backend.scale_prior_backward(*dx, *ds, ws.dlogp, *ws.h, *params.scaling, self.prior)
+        if dx is None:
+            raise ValueError("backward needs a workspace that keeps activations")
+        ds0, ds1 = grads.scaling if grads is not None else (None, None)
+        self.backend.scale_prior_backward(*dx, ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
         if ready is not None:
             ready(layout.scaling)
         for k in range(len(self.couplings) - 1, -1, -1):

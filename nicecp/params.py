@@ -7,6 +7,7 @@ checkpoint are each a range of it. Gradients and moments have the same layout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Views:
-    """Views into one flat buffer: couplings[k][j] = (weight (fan_in, fan_out), bias (fan_out,)), scaling (d0,), (d1,)."""
+    """Views into one flat buffer: couplings[k][j] = (weight (fan_in, fan_out), bias (fan_out,)); scaling."""
 
     couplings: list[list[tuple[Array, Array]]]
     scaling: tuple[Array, Array]
@@ -49,7 +50,7 @@ class Layout:
 
         for k in range(len(spec.couplings)):
             sizes, first, layers = spec.layer_sizes(k), position, []
-            for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+            for fan_in, fan_out in pairwise(sizes):
                 start = position
                 place(fan_in, fan_out)
                 place(fan_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nicecp.kernels.backend import PRIORS
 
@@ -76,7 +77,7 @@ class ModelSpec:
         shapes: dict[str, tuple[int, ...]] = {}
         for k in range(len(self.couplings)):
             sizes = self.layer_sizes(k)
-            for j, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            for j, (fan_in, fan_out) in enumerate(pairwise(sizes)):
                 shapes[f"couplings/{k}/layers/{j}/weight"] = (fan_in, fan_out)
                 shapes[f"couplings/{k}/layers/{j}/bias"] = (fan_out,)
         shapes["scaling/log_scale"] = (self.n_features,)

@@ -66,7 +66,7 @@ class _EpochFunction(Callback):
 class Trainer:
     """Trains a flow in place on the rows of a split.
 
-    The flow's preprocessing must fit the data (nicecp.fit.prepare). callbacks: Callback objects, or functions of an
+    The flow's preprocessing must fit the data (NICE.prepare). callbacks: Callback objects, or functions of an
     EpochRecord. After ``run`` the flow holds the best parameters (by validation; the last ones without validation).
     """
 
