@@ -261,4 +261,4 @@ class Backend(ABC):
 
     @abstractmethod
     def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        """out : (n, k) standard logistic log(u / (1 - u)); column 2j from u, 2j + 1 from v of block j as in fill_normal."""
+        """out : (n, k) standard logistic log(u / (1 - u)): columns 2j from u, 2j + 1 from v of fill_normal's block j."""

@@ -67,7 +67,7 @@ def fit(
     flow : NICE
     data : (n, d) array, or a path "FILE.h5" or "FILE.h5:/dataset"
         uint8 is dequantized into ``value_range``; floats are standardised. A file's dataset ``valid`` validates;
-        without one ``valid_fraction`` of the rows does (the last ones of images, keyed random ones of tables; 0 for none).
+        without one ``valid_fraction`` of the rows does: the last ones of images, keyed random ones of tables.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
     patience : int or None
