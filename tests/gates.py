@@ -110,6 +110,7 @@ def assert_near(actual: Any, expected: F64, rtol: float, what: str) -> None:
     actual = np.asarray(actual, float)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     gap, size = np.linalg.norm(actual - expected), np.linalg.norm(expected)
+    assert np.isfinite(gap), f"{what} is not finite"
     assert gap <= rtol * size, f"{what}: off by {gap:.3g}, {gap / size if size else np.inf:.3g} of its norm"
 
 
@@ -160,6 +161,7 @@ def gate_central_differences(flow: NICE, x: F64) -> None:
                     ends.append(-flow.log_prob(x).mean())
                 slope[entry] = (ends[0] - ends[1]) / (2 * STEP)
             gap = np.linalg.norm(gradients[name] - slope)
+            assert np.isfinite(gap), f"{name} is not finite"
             size = max(size, np.linalg.norm(slope))
             assert gap <= CENTRAL * size, f"{name}: off by {gap:.3g}, {gap / size:.3g} of the gradient's norm"
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 
+from nicecp import testing
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.preprocessing import Dequantize
@@ -98,6 +101,12 @@ def test_check_gradients_passes_fresh_flows(dtype: str, init: str) -> None:
     assert 0 < report.error <= 0.5, "half of what is allowed, so that rounding elsewhere has room"
     assert report.log_det_error < 1e-8
     assert all(np.array_equal(value, before[name]) for name, value in flow.parameters().items())
+
+
+def test_the_example_in_the_docstring() -> None:
+    outcome = doctest.testmod(testing)
+    assert outcome.attempted > 3
+    assert outcome.failed == 0
 
 
 @EACH_PRIOR
