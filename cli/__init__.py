@@ -1,0 +1,1 @@
+"""The command line: parse, call the library, print. `nicecp.cli.main` is the entry point."""

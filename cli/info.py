@@ -1,0 +1,90 @@
+"""`nicecp info`: what a checkpoint or a data file holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from nicecp.cli.console import clock, table
+from nicecp.cli.options import command, data_name, json_option
+
+EXAMPLES = """\
+  nicecp info run.h5
+  nicecp info run.state.h5 --history 20
+  nicecp info mnist.h5 --json
+"""
+
+
+@command("info", EXAMPLES)
+@click.argument("file", type=data_name)
+@click.option(
+    "--history", type=click.IntRange(min=0), default=5, show_default=True, help="Last epochs of a checkpoint to list."
+)
+@json_option
+def info(file: str, history: int, as_json: bool) -> None:
+    """What FILE holds: a checkpoint's model and training, or a data file's datasets and which ones train would use."""
+    from nicecp.describe import describe
+
+    found = describe(file, history)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(_checkpoint(found) if found["kind"] == "checkpoint" else _data(found))
+
+
+def _checkpoint(found: dict[str, Any]) -> str:
+    model, training = found["model"], found["training"]
+    steps = [
+        " ".join([step["kind"], *(f"{name}={value:g}" for name, value in step.items() if name != "kind")])
+        for step in model["preprocessing"]
+    ]
+    rows = [("checkpoint", found["file"]), ("model", model["line"]), ("preprocessing", ", ".join(steps) or "none")]
+    if model["image_shape"]:
+        rows.append(("images", "x".join(str(size) for size in model["image_shape"])))
+    if model["columns"]:
+        rows.append(("columns", ", ".join(model["columns"])))
+    if training is None:
+        return table([*rows, ("training", "not recorded")])
+    best = training["best_valid_log_likelihood"]
+    rows.append(
+        (
+            "training",
+            f"{training['epochs']} epochs in {clock(training['seconds'] or 0.0)}, the best is {training['best_epoch']}"
+            + ("" if best is None else f" with validation {best:.2f} nats"),
+        )
+    )
+    if training["config"].get("data"):
+        rows.append(("data", str(training["config"]["data"])))
+    rows.append(("seed, threads", f"{training['seed']}, {training['threads']}"))
+    rows.append(("versions", ", ".join(f"{name} {text}" for name, text in training["versions"].items())))
+    rows += [(f"event, epoch {event['epoch']}", f"{event['kind']}: {event['message']}") for event in training["events"]]
+    lines = [table(rows)]
+    if training["history"]:
+        lines.append("  epoch       train       valid        rate   seconds")
+        lines += [
+            f"  {row['epoch']:5d}  {_number(row['train_log_likelihood'])}  {_number(row['valid_log_likelihood'])}"
+            f"  {row['learning_rate']:10.3g}  {row['seconds']:8.1f}"
+            for row in training["history"]
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return " " * 9 + "-" if value is None else f"{value:10.2f}"
+
+
+def _data(found: dict[str, Any]) -> str:
+    rows = [("data", found["file"])]
+    rows += [("dataset", f"{one['path']}  {one['content']}") for one in found["datasets"]]
+    if found["problem"] is not None:
+        return table([*rows, ("train", f"cannot use it as it is: {found['problem']}")])
+    rows.append(("kind", "8-bit values, dequantized" if found["eight_bit"] else "floats, standardised"))
+    if found["image_shape"]:
+        rows.append(("images", "x".join(str(size) for size in found["image_shape"])))
+    if found["columns"]:
+        rows.append(("columns", ", ".join(found["columns"])))
+    verbs = {"train": "trains on", "valid": "validates on", "test": "tests on"}
+    rows += [(verbs[name], use["line"]) for name, use in found["use"].items() if use is not None]
+    return table(rows)

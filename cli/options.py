@@ -1,0 +1,194 @@
+"""What several commands share: kinds of values, and options."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "": 60.0}
+MAX_SEED = 2**64 - 1
+MAX_LAYERS = 1000  # of one network
+
+
+def hidden_sizes(text: str) -> tuple[int, ...]:
+    """'1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
+    if text.strip().lower() == "none":
+        return ()
+    sizes: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(?:(\d{1,4})\s*[xX*]\s*)?(\d{1,9})\s*", part)
+        count, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
+        if count < 1 or size < 1 or len(sizes) + count > MAX_LAYERS:
+            raise click.BadParameter(f"{text!r} is not a list of layer sizes such as 1000,1000 or 5x1000")
+        sizes += [size] * count
+    return tuple(sizes)
+
+
+def duration(text: str) -> float:
+    """Seconds: '30s', '5min', '1.5h'; a plain number is minutes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
+    if not 0 < seconds < 1e9:
+        raise click.BadParameter(f"{text!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)")
+    return seconds
+
+
+def value_range(text: str) -> tuple[float, float]:
+    """Two numbers 'LO,HI'."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise click.BadParameter(f"{text!r} is not a range LO,HI such as -1,1")
+    return low, high
+
+
+def data_name(text: str) -> str:
+    """The data's name as it stands; an empty one is a mistake in a script."""
+    if not text:
+        raise click.BadParameter("the name is empty")
+    return text
+
+
+SEED = 2**64 - 1
+
+
+class Hidden(click.ParamType[tuple[int, ...]]):
+    """Hidden layer sizes: '1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value.strip().lower() == "none":
+            return ()
+        sizes: list[int] = []
+        for part in value.split(","):
+            found = re.fullmatch(r"\s*(?:(\d{1,4})\s*[xX*]\s*)?(\d{1,9})\s*", part)
+            count, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
+            if count < 1 or size < 1 or len(sizes) + count > 1000:
+                self.fail(f"{value!r} is not a list of layer sizes such as 1000,1000 or 5x1000", param, ctx)
+            sizes += [size] * count
+        return tuple(sizes)
+
+
+class Duration(click.ParamType[float]):
+    """A time in seconds: '30s', '5min', '2h', '1.5h'; a plain number is minutes."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", value.lower())
+        seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
+        if not 0 < seconds < 1e9:
+            self.fail(f"{value!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)", param, ctx)
+        return seconds
+
+
+SEED = 2**64 - 1
+
+
+class Hidden(click.ParamType[tuple[int, ...]]):
+    """Hidden layer sizes: '1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value.strip().lower() == "none":
+            return ()
+        sizes: list[int] = []
+        for part in value.split(","):
+            found = re.fullmatch(r"\s*(?:(\d{1,4})\s*[xX*]\s*)?(\d{1,9})\s*", part)
+            count, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
+            if count < 1 or size < 1 or len(sizes) + count > 1000:
+                self.fail(f"{value!r} is not a list of layer sizes such as 1000,1000 or 5x1000", param, ctx)
+            sizes += [size] * count
+        return tuple(sizes)
+
+
+class Duration(click.ParamType[float]):
+    """A time in seconds: '30s', '5min', '2h', '1.5h'; a plain number is minutes."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", value.lower())
+        seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
+        if not 0 < seconds < 1e9:
+            self.fail(f"{value!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)", param, ctx)
+        return seconds
+
+
+class Range(click.ParamType[tuple[float, float]]):
+    """Two numbers 'LO,HI'."""
+
+    name = "lo,hi"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            low, high = (float(part) for part in value.split(","))
+        except ValueError:
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            self.fail(f"{value!r} is not a range LO,HI such as -1,1", param, ctx)
+        return low, high
+
+
+SEED = click.IntRange(0, MAX_SEED)
+
+
+def debug_option(command: F) -> F:
+    """--debug: read by nicecp.cli.main from the arguments, since it must work when parsing fails."""
+    text = "Show the traceback of an error, and the library's messages."
+    return click.option("--debug", is_flag=True, expose_value=False, help=text)(command)
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on standard output.")(
+        command
+    )
+
+
+def machine_options(function: F) -> F:
+    """--device and --threads."""
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        show_default="what the machine's linear algebra uses",
+        help="CPU threads.",
+    )
+    device = click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute.",
+    )
+    return device(threads(function))
+
+
+def command(name: str, examples: str) -> Callable[[F], click.Command]:
+    """A command with --debug, -h, and examples at the end of its help; set up for its messages when it runs."""
+
+    def wrap(function: F) -> click.Command:
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+        made = click.command(name, epilog="\b\nExamples:\n" + examples, context_settings=settings)
+        return made(debug_option(function))
+
+    return wrap

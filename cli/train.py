@@ -1,0 +1,204 @@
+"""`nicecp train`: start or resume a run, show it, and say what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from nicecp.cli.options import (
+    SEED,
+    command,
+    data_name,
+    duration,
+    hidden_sizes,
+    json_option,
+    machine_options,
+    value_range,
+)
+
+EXAMPLES = """\
+  nicecp train --data demo
+  nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
+  nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
+  nicecp train --data cifar10.h5 --range -1,1 --hidden 4x2000 --dry-run
+  nicecp train --resume mnist-run.h5
+  nicecp train --resume mnist-run.h5 --epochs 2000
+"""
+PRESET = "from the preset"
+
+# Options that set a number of an optimiser: parameter, option, the number's name by kind, type, help.
+_NUMBERS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
+    ("lr", "--lr", {"adam": "rate", "rmsprop": "rate"}, float, "Learning rate."),
+    ("momentum", "--momentum", {"adam": "momentum"}, float, "adam: averaging of gradients (1 - beta1 of the paper)."),
+    ("beta2", "--beta2", {"adam": "beta2"}, float, "adam: as the paper writes it, 0.01 is a decay of 0.99."),
+    ("lam", "--lam", {"adam": "lam"}, float, "adam: decay of the first-moment coefficient."),
+    ("epsilon", "--epsilon", {"adam": "epsilon"}, float, "adam: added to the root mean square."),
+    (
+        "rate_decay",
+        "--rate-decay",
+        {"adam": "rate_decay", "rmsprop": "rate_decay"},
+        float,
+        "Divides the rate each update.",
+    ),
+    ("rate_floor", "--rate-floor", {"adam": "rate_floor", "rmsprop": "rate_floor"}, float, "The rate's lower bound."),
+    ("average", "--average", {"rmsprop": "average"}, float, "rmsprop: averaging of squared gradients."),
+    ("rms_floor", "--rms-floor", {"rmsprop": "floor"}, float, "rmsprop: lower bound of the root mean square."),
+    (
+        "momentum_start",
+        "--momentum-start",
+        {"rmsprop": "momentum_start"},
+        float,
+        "rmsprop: momentum of the first epochs.",
+    ),
+    ("momentum_end", "--momentum-end", {"rmsprop": "momentum_end"}, float, "rmsprop: momentum after them."),
+    ("momentum_epoch", "--momentum-epoch", {"rmsprop": "momentum_epoch"}, int, "rmsprop: how many first epochs."),
+)
+
+
+def _number_options(function: Any) -> Any:
+    for _, option, _, kind, text in reversed(_NUMBERS):
+        function = click.option(option, type=kind, show_default=PRESET, help=text)(function)
+    return function
+
+
+@command("train", EXAMPLES)
+@click.option(
+    "--data", type=data_name, metavar="FILE.h5[:/DATASET]|demo", help="Training data; demo draws its own digits."
+)
+@click.option("--out", type=data_name, metavar="FILE.h5", show_default="run.h5", help="Where the best model goes.")
+@click.option("--resume", type=data_name, metavar="FILE.h5", help="Go on with the run that wrote this file.")
+@click.option(
+    "--preset",
+    type=click.Choice(["auto", "mnist", "tabular", "demo"]),
+    default="auto",
+    show_default=True,
+    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats.",
+)
+@click.option("--epochs", type=click.IntRange(1, 2**31 - 1), show_default=PRESET, help="Passes over the training rows.")
+@click.option("--batch-size", type=click.IntRange(1, 2**24), show_default=PRESET, help="Rows in a training step.")
+@click.option(
+    "--hidden",
+    type=hidden_sizes,
+    metavar="SIZES",
+    show_default=PRESET,
+    help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none.",
+)
+@click.option("--couplings", type=click.IntRange(1, 1024), show_default=PRESET, help="Coupling layers.")
+@click.option(
+    "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."
+)
+@click.option(
+    "--optimizer", type=click.Choice(["adam", "rmsprop"]), show_default=PRESET, help="How weights are updated."
+)
+@_number_options
+@click.option(
+    "--patience",
+    type=click.IntRange(1, 2**31 - 1),
+    show_default=PRESET,
+    help="Stop after so many epochs without a better validation.",
+)
+@click.option(
+    "--valid-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    show_default="1/6",
+    help="Rows to validate on where the file has no valid dataset; 0 for none.",
+)
+@click.option("--seed", type=SEED, show_default="0", help="Of weights, noise, shuffling and the split.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float64"]),
+    default="auto",
+    show_default=True,
+    help="Of the computation; auto is float32 for 8-bit data, float64 for floats.",
+)
+@click.option(
+    "--range",
+    "range_",
+    type=value_range,
+    metavar="LO,HI",
+    show_default="0,1",
+    help="Where 8-bit values are dequantized to.",
+)
+@click.option("--no-standardize", is_flag=True, help="Use float columns as they are.")
+@click.option(
+    "--allow-constant", is_flag=True, help="Accept constant float columns (the likelihood is then unbounded)."
+)
+@machine_options
+@click.option(
+    "--checkpoint-every",
+    type=duration,
+    metavar="TIME",
+    default="5min",
+    show_default=True,
+    help="Time between checkpoints: 30s, 5min, 2h; a plain number is minutes.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace existing output files.")
+@click.option("--dry-run", is_flag=True, help="Print model, memory, operations and time, and write nothing.")
+@json_option
+def train(
+    data: str | None,
+    out: str | None,
+    resume: str | None,
+    preset: str,
+    optimizer: str | None,
+    range_: tuple[float, float] | None,
+    no_standardize: bool,
+    allow_constant: bool,
+    device: str,
+    threads: int | None,
+    checkpoint_every: float,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> int:
+    """Train a flow on data by maximum likelihood.
+
+    The best model by validation is kept in --out, and what is needed to go on beside it (run.state.h5). Ctrl-C saves
+    and stops; --resume goes on, to the same result as if there had been no interruption. Log-likelihoods are in nats.
+    """
+    from nicecp.cli import training
+    from nicecp.run import Run
+
+    if resume is None and data is None:
+        raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
+    if resume is not None and out is not None:
+        raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
+    if resume is not None and dry_run:
+        raise click.UsageError("--dry-run is for new runs: leave --resume out")
+    settings: dict[str, Any] = {
+        "preset": preset,
+        "optimizer": optimizer,
+        "numbers": _numbers(optimizer, given),
+        "value_range": range_,
+        "standardize": False if no_standardize else None,
+        "allow_constant": True if allow_constant else None,
+        "device": device,
+        "threads": threads,
+        "checkpoint_every": checkpoint_every,
+        **given,
+    }
+    if resume is not None:
+        run = Run.resume(resume, data=data, **settings)
+    else:
+        run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
+    with run:
+        if dry_run:
+            training.show_plan(run, as_json)
+            return 0
+        return training.carry_out(run, as_json)
+
+
+def _numbers(optimizer: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the optimiser's numbers out of the options; those that belong to another optimiser are a usage error."""
+    numbers: dict[str, Any] = {}
+    kind = optimizer or "adam"  # every preset's
+    for parameter, option, names, _, _ in _NUMBERS:
+        value = given.pop(parameter)
+        if value is None:
+            continue
+        if kind not in names:
+            raise click.UsageError(f"{option} belongs to --optimizer {' or '.join(names)}, not to {kind}")
+        numbers[names[kind]] = value
+    return numbers

@@ -1,0 +1,163 @@
+"""What `nicecp train` prints: the beginning, the plan of a dry run, the end. Apart from train.py, which only parses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+from dataclasses import asdict
+from typing import Any
+
+from nicecp.cli.console import Output, clock, note, table
+from nicecp.cli.progress import Display
+from nicecp.describe import model_line, plain, source_line, splits_line
+from nicecp.evaluate import Evaluation
+from nicecp.machine import as_bytes, blas_version
+from nicecp.plan import cost_of_run, time_steps
+from nicecp.run import Outcome, Run
+
+
+def carry_out(run: Run, as_json: bool) -> int:
+    """Train, show, report -> exit code: 0, or 128 + the signal that stopped the run."""
+    output = Output()
+    if not as_json:
+        for line in beginning(run):
+            output.line(line)
+    already = run.trainer.finished
+    display = Display(run, output, as_json)
+    try:
+        outcome = run.execute([display])
+    finally:
+        display.close()
+    if as_json:
+        output.line(json.dumps(outcome_json(run, outcome, already)))
+    if not outcome.finished:
+        name = "a request" if outcome.stopped_by is None else signal.Signals(outcome.stopped_by).name
+        note(
+            f"nicecp: stopped by {name} after {outcome.record.epoch} epochs and {run.trainer.position} steps; "
+            f"saved in {run.state!r}; to go on: nicecp train --resume {shlex.quote(str(run.out))}"
+        )
+        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    if already:
+        note(f"nicecp: {run.out!r} is finished already ({_why(run)}); to go on, ask for more --epochs or --patience")
+    if not as_json:
+        output.line(ending(run, outcome))
+    return 0
+
+
+def beginning(run: Run) -> list[str]:
+    settings, backend = run.settings, run.flow.backend
+    threads = run.trainer.record.threads
+    lines = [
+        f"data: {source_line(run.splits.train.source)}; {splits_line(run.splits)}",
+        f"model: {model_line(run.flow.spec)}; preset {settings.preset}, {settings.optimizer.kind}, "
+        f"batches of {settings.batch_size}, {settings.epochs} epochs",
+        f"device: {backend.device}, {threads} thread{'s' if threads != 1 else ''}, {blas_version()}",
+    ]
+    if run.resumed:
+        lines.append(f"resumed after {run.trainer.record.epoch} epochs and {run.trainer.position} steps of the next")
+    return lines
+
+
+def _why(run: Run) -> str:
+    epochs = run.trainer.record.epoch
+    if epochs >= run.settings.epochs:
+        return f"{epochs} epochs"
+    return f"{epochs} epochs, {run.settings.patience} without a better validation"
+
+
+def ending(run: Run, outcome: Outcome) -> str:
+    record = outcome.record
+    rows = [("epochs", f"{_why(run)}; the best is {record.best_epoch}")]
+    for name, evaluation in (("train", outcome.train), ("valid", outcome.valid), ("test", outcome.test)):
+        if evaluation is not None:
+            rows.append((name, evaluation_text(evaluation)))
+    rows.append(("round trip", f"max |x - f^-1(f(x))| = {outcome.round_trip:.2g} on {outcome.round_trip_rows} rows"))
+    rows.append(("time", clock(outcome.seconds)))
+    rows.append(("files", f"{run.out} (the best model), {run.state} (to go on)"))
+    out = shlex.quote(str(run.out))
+    picture = run.flow.info.image_shape is not None
+    named = run.trainer.record.config.get("data") or "DATA.h5"
+    sample = f"nicecp sample {out} -n 100 --out samples.{'png' if picture else 'h5'}"
+    commands = [
+        sample,
+        f"nicecp evaluate {out} --data {shlex.quote(str(run.data) if isinstance(run.data, str) else named)}",
+        f"nicecp train --resume {out} --epochs {2 * max(record.epoch, 1)}",
+    ]
+    return table(rows) + "\nnext:\n" + "\n".join("  " + line for line in commands)
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """'1980.50 +- 0.31 nats per row, 4.36 bits/dim (10,000 rows)'."""
+    error = "" if math.isnan(evaluation.standard_error) else f" +- {evaluation.standard_error:.2g}"
+    bits = "" if evaluation.bits_per_dim is None else f", {evaluation.bits_per_dim:.4g} bits/dim"
+    digits = 2 if abs(evaluation.mean) >= 100 else 4
+    return f"{evaluation.mean:.{digits}f}{error} nats per row{bits} ({evaluation.rows:,} rows)"
+
+
+def evaluation_json(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {name: value if name == "rows" else plain(value) for name, value in asdict(evaluation).items()}
+
+
+def outcome_json(run: Run, outcome: Outcome, already: bool) -> dict[str, Any]:
+    record = outcome.record
+    return {
+        "event": "end",
+        "finished": outcome.finished,
+        "was_finished_before": already,
+        "stopped_by": None if outcome.stopped_by is None else signal.Signals(outcome.stopped_by).name,
+        "epochs": record.epoch,
+        "best_epoch": record.best_epoch,
+        "best_valid_log_likelihood": plain(record.best_valid_log_likelihood),
+        "train": evaluation_json(outcome.train),
+        "valid": evaluation_json(outcome.valid),
+        "test": evaluation_json(outcome.test),
+        "round_trip_error": plain(outcome.round_trip),
+        "seconds": outcome.seconds,
+        "out": run.out,
+        "state": run.state,
+    }
+
+
+def show_plan(run: Run, as_json: bool) -> None:
+    """What training would take."""
+    cost = cost_of_run(run.settings, run.splits)
+    timing = time_steps(run.trainer)
+    steps = run.trainer.reader.n_batches
+    total = timing.epoch * run.settings.epochs
+    output = Output()
+    if as_json:
+        plan = {
+            "event": "plan",
+            "model": model_line(run.flow.spec),
+            "settings": run.settings.to_json(),
+            **asdict(cost),
+            "memory_bytes": cost.memory_bytes,
+            "steps_per_epoch": steps,
+            "seconds_per_step": timing.step,
+            "seconds_per_epoch": timing.epoch,
+            "seconds": total,
+        }
+        output.line(json.dumps(plan))
+        return
+    for line in beginning(run):
+        output.line(line)
+    rows = [
+        ("parameters", f"{cost.n_parameters:,}"),
+        (
+            "memory",
+            f"{as_bytes(cost.memory_bytes)}: parameters, gradients, moments and best model "
+            f"{as_bytes(cost.parameter_bytes)}, buffers {as_bytes(cost.buffer_bytes)}, "
+            f"data {as_bytes(cost.data_bytes)}",
+        ),
+        (
+            "one step",
+            f"{cost.flops / 1e9:.3g} GFLOP, {1e3 * timing.step:.3g} ms, {cost.flops / timing.step / 1e9:.3g} GFLOP/s",
+        ),
+        ("one epoch", f"{steps:,} steps, {clock(timing.epoch)}"),
+        ("all", f"{run.settings.epochs:,} epochs, {clock(total)} at most"),
+    ]
+    output.line(table(rows))

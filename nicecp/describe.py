@@ -1,0 +1,149 @@
+"""What a file holds, in a few values: a checkpoint's model and training, or a data file's datasets and their use."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from nicecp.checkpoint import load_run
+from nicecp.data import DEMO, Splits, open_splits, split_spec
+from nicecp.errors import DataError
+from nicecp.flow import NICE
+from nicecp.machine import open_backend
+from nicecp.scoring import describe_rows
+from nicecp.sources import Source
+from nicecp.spec import ModelSpec
+from nicecp.store import is_checkpoint
+
+StrPath = str | os.PathLike[str]
+
+
+def sizes_text(hidden: tuple[int, ...]) -> str:
+    """(1000, 1000, 1000) -> '3x1000'; (64, 32) -> '64-32'."""
+    runs = [(size, len(list(same))) for size, same in groupby(hidden)]
+    return "-".join(f"{count}x{size}" if count > 1 else str(size) for size, count in runs) or "no hidden layer"
+
+
+def model_line(spec: ModelSpec) -> str:
+    """An architecture in one line."""
+    shapes = {(coupling.law, coupling.hidden) for coupling in spec.couplings}
+    each = ", ".join(f"{law} with hidden {sizes_text(hidden)}" for law, hidden in sorted(shapes))
+    return (
+        f"{spec.n_features} features, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, {spec.dtype}, "
+        f"{spec.n_parameters:,} parameters"
+    )
+
+
+def source_line(source: Source) -> str:
+    """A data source in one line."""
+    shape = source.info.image_shape
+    kind = "8-bit values" if source.is_image8 else str(source.dtype)
+    columns = "x".join(str(size) for size in shape) if shape is not None else f"{source.n_features} columns"
+    return f"{source.name}, {source.n_rows:,} rows of {columns}, {kind}"
+
+
+def splits_line(splits: Splits) -> str:
+    """How many rows train, validate and test, and by which rule, in one line."""
+    train, valid, test = splits.train, splits.valid, splits.test
+    parts = [f"{len(train):,} rows to train on"]
+    if valid is None:
+        parts.append("none to validate on")
+    elif valid.source is not train.source:
+        parts.append(f"{len(valid):,} to validate on ({_dataset(valid.source)})")
+    else:
+        rule = "the last ones" if valid.fraction is None else f"drawn by seed {valid.seed}"
+        parts.append(f"{len(valid):,} to validate on ({rule})")
+    parts.append("none to test on" if test is None else f"{len(test):,} to test on ({_dataset(test.source)})")
+    return ", ".join(parts)
+
+
+def _dataset(source: Source) -> str:
+    """'/test' of 'file.h5:/test'."""
+    return "/" + source.name.rpartition(":/")[2]
+
+
+def plain(value: float | None) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def describe(path: str, history: int = 5) -> dict[str, Any]:
+    """A checkpoint (kind "checkpoint") or data (kind "data") as values that JSON has, with the last epochs."""
+    if is_checkpoint(path):
+        return describe_checkpoint(path, history)
+    return describe_data(path)
+
+
+def describe_checkpoint(path: StrPath, history: int = 5) -> dict[str, Any]:
+    """CheckpointError for a file that is none."""
+    flow, record = load_run(path, backend=open_backend("cpu", 1))
+    found: dict[str, Any] = {"kind": "checkpoint", "file": os.fspath(path), "model": _model(flow), "training": None}
+    if record is not None:
+        rows = [{name: plain(value) for name, value in asdict(row).items()} for row in record.history[-history:]]
+        for row in rows:
+            row["epoch"] = int(row["epoch"] or 0)
+        found["training"] = {
+            "epochs": record.epoch,
+            "best_epoch": record.best_epoch,
+            "best_valid_log_likelihood": plain(record.best_valid_log_likelihood),
+            "seconds": plain(sum(row.seconds for row in record.history)),
+            "seed": record.seed,
+            "threads": record.threads,
+            "versions": record.versions,
+            "config": record.config,
+            "events": [asdict(event) for event in record.events],
+            "history": rows,
+        }
+    return found
+
+
+def _model(flow: NICE) -> dict[str, Any]:
+    spec, info = flow.spec, flow.info
+    return {
+        "line": model_line(spec),
+        "n_features": spec.n_features,
+        "couplings": [{**asdict(coupling), "hidden": list(coupling.hidden)} for coupling in spec.couplings],
+        "prior": spec.prior,
+        "dtype": spec.dtype,
+        "n_parameters": spec.n_parameters,
+        "preprocessing": [{"kind": step.kind, **step.attrs()} for step in flow.preprocessing],
+        "image_shape": None if info.image_shape is None else list(info.image_shape),
+        "columns": None if info.columns is None else list(info.columns),
+        "units": None if info.units is None else list(info.units),
+        "fingerprint": info.fingerprint,
+    }
+
+
+def describe_data(spec: str) -> dict[str, Any]:
+    """Datasets of a file, and which of them `nicecp train` would use, or why none. DataError if it is no HDF5."""
+    found: dict[str, Any] = {"kind": "data", "file": spec, "datasets": [], "problem": None, "use": None}
+    if spec != DEMO:
+        found["datasets"] = _datasets(split_spec(spec)[0])
+    try:
+        with open_splits(spec) as splits:
+            named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+            found["use"] = {
+                name: None if split is None else {**split.describe(), "line": describe_rows(split)}
+                for name, split in named.items()
+            }
+            source = splits.train.source
+            found["line"] = source_line(source)
+            found["n_features"] = source.n_features
+            found["eight_bit"] = source.is_image8
+            found["columns"] = None if source.info.columns is None else list(source.info.columns)
+            found["image_shape"] = None if source.info.image_shape is None else list(source.info.image_shape)
+    except DataError as error:
+        if not found["datasets"]:
+            raise
+        found["problem"] = str(error)
+    return found
+
+
+def _datasets(path: str) -> list[dict[str, str]]:
+    from nicecp.hdf5_data import open_hdf5, search
+
+    with open_hdf5(path) as file:
+        return [{"path": entry.path, "content": entry.label, "problem": entry.problem} for entry in search(file, "/")]

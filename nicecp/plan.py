@@ -1,0 +1,101 @@
+"""What a training step costs: numbers of operations and bytes from the architecture, seconds from a few timed steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nicecp.data import Splits
+from nicecp.evaluate import BATCH
+from nicecp.presets import Settings
+from nicecp.spec import ModelSpec
+from nicecp.train import Trainer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: of one training step (multiplications and additions of its matrix products). The others are bytes:
+    parameters, gradients, two moments and the best model; buffers of a step and of validation; data kept in memory."""
+
+    n_parameters: int
+    flops: int
+    parameter_bytes: int
+    buffer_bytes: int
+    data_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.parameter_bytes + self.buffer_bytes + self.data_bytes
+
+
+def flops_of(spec: ModelSpec, n: int) -> tuple[int, int]:
+    """(forward, training step) for n rows: 2 n i o for each product of (n, i) and (i, o).
+
+    A step has three products for each layer (y, dx, dw); the first layer of the first coupling needs no dx.
+    """
+    forward, first = 0, 0
+    for k in range(len(spec.couplings)):
+        sizes = spec.layer_sizes(k)
+        products = [2 * n * a * b for a, b in pairwise(sizes)]
+        forward += sum(products)
+        first = first or products[0]
+    return forward, 3 * forward - first
+
+
+def cost_of(spec: ModelSpec, batch_size: int, rows_in_memory: int = 0, row_bytes: int = 0) -> Cost:
+    """The cost of training this architecture; mirrors the buffers of nicecp.network.Workspace."""
+    item = 4 if spec.dtype == "float32" else 8
+    d, n = spec.n_features, batch_size
+    sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
+    widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
+    kept = sum(sum(layers[1:-1]) + layers[-1] for layers in sizes)
+    training = n * (4 * d + 2 * widest + kept) * item + 24 * n
+    scoring = BATCH * (2 * d + 2 * widest) * item + 24 * BATCH
+    return Cost(
+        n_parameters=spec.n_parameters,
+        flops=flops_of(spec, n)[1],
+        parameter_bytes=5 * spec.n_parameters * item,
+        buffer_bytes=training + scoring,
+        data_bytes=rows_in_memory * row_bytes,
+    )
+
+
+def cost_of_run(settings: Settings, splits: Splits) -> Cost:
+    """The cost of a run with these settings on these rows, of which at most two shuffle windows are in memory."""
+    source = splits.train.source
+    rows = min(len(splits.train), 2 * settings.window)
+    if splits.valid is not None:
+        rows += min(len(splits.valid), 2**16)
+    row_bytes = source.n_features * source.dtype.itemsize
+    return cost_of(settings.model_spec(source.n_features), settings.batch_size, rows, row_bytes)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step and of one epoch with its validation."""
+
+    step: float
+    epoch: float
+
+
+def time_steps(trainer: Trainer, seconds: float = 1.0, most: int = 20) -> Timing:
+    """Run training steps for about ``seconds`` (the first, which may compile, is not counted) and take their median.
+
+    The trainer's flow changes: this is for a run that is not going to be trained.
+    """
+    times: list[float] = []
+    with trainer.backend.computing():
+        trainer.step()
+        trainer.backend.synchronize()
+        begin = time.perf_counter()
+        while len(times) < 3 or (len(times) < most and time.perf_counter() - begin < seconds):
+            before = time.perf_counter()
+            trainer.step()
+            trainer.backend.synchronize()
+            times.append(time.perf_counter() - before)
+    step = sorted(times)[len(times) // 2]
+    forward, whole = flops_of(trainer.flow.spec, trainer.config.batch_size)
+    valid_rows = len(trainer.valid_split) if trainer.valid_split is not None else 0
+    valid = step * forward / max(1, whole) * valid_rows / trainer.config.batch_size
+    return Timing(step, step * trainer.reader.n_batches + valid)

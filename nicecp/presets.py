@@ -1,0 +1,224 @@
+"""Named sets of settings, and the settings of one run as plain values that a checkpoint's JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from nicecp.kernels.backend import PRIORS
+from nicecp.optimizers import AdaM, Optimizer, optimizer_from
+from nicecp.spec import DTYPES, ModelSpec, alternating
+
+VALID_FRACTION = 1 / 6
+RANGE = (0.0, 1.0)
+INITS = ("paper", "he")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset says about the model and its training; the data say the rest."""
+
+    name: str
+    summary: str
+    hidden: tuple[int, ...]
+    couplings: int
+    prior: str
+    init: str
+    optimizer: Optimizer
+    batch_size: int
+    epochs: int
+    patience: int | None
+
+
+PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # Dinh et al. 2015, section 5.1: the best validation is kept out of 1500 epochs, without stopping early.
+        Preset("mnist", "the paper's MNIST model", (1000,) * 5, 4, "logistic", "paper", PAPER_ADAM, 200, 1500, None),
+        Preset("tabular", "tables of floats", (128,) * 2, 4, "logistic", "he", PAPER_ADAM, 256, 300, 30),
+        Preset("demo", "the drawn digits", (256,) * 3, 4, "logistic", "he", PAPER_ADAM, 100, 40, None),
+    )
+}
+CHOICES = ("auto", "mnist", "tabular", "demo")
+
+
+def choose(name: str, data: Any, eight_bit: bool) -> Preset:
+    """The preset of a name; "auto" is demo for the data "demo", mnist for 8-bit data, tabular for floats."""
+    if name == "auto":
+        name = "demo" if isinstance(data, str) and data == "demo" else "mnist" if eight_bit else "tabular"
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(CHOICES)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what a run computes, beside the data and the machine.
+
+    patience: epochs without a better validation log-likelihood before stopping. value_range: of dequantized 8-bit
+    data. window: rows shuffled together.
+    """
+
+    preset: str
+    hidden: tuple[int, ...]
+    couplings: int
+    prior: str
+    init: str
+    dtype: str
+    optimizer: Optimizer
+    epochs: int
+    batch_size: int
+    patience: int | None
+    valid_fraction: float
+    seed: int
+    value_range: tuple[float, float]
+    standardize: bool
+    allow_constant: bool
+    window: int
+
+    def model_spec(self, n_features: int) -> ModelSpec:
+        return ModelSpec(n_features, alternating(self.hidden, self.couplings), self.prior, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["hidden"], values["value_range"] = list(self.hidden), list(self.value_range)
+        values["optimizer"] = {"kind": self.optimizer.kind, **asdict(self.optimizer)}
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of to_json; ValueError, TypeError or KeyError where the values are not of that form."""
+        given = dict(values)
+        optimizer = dict(given.pop("optimizer"))
+        low, high = given.pop("value_range")
+        hidden = tuple(int(size) for size in given.pop("hidden"))
+        settings = cls(
+            hidden=hidden,
+            value_range=(float(low), float(high)),
+            optimizer=optimizer_from(str(optimizer.pop("kind")), optimizer),
+            **given,
+        )
+        for field in fields(cls):  # what is plain; ModelSpec, TrainConfig and the optimiser check their own values
+            kinds = {"int": (int,), "str": (str,), "bool": (bool,), "float": (int, float)}.get(str(field.type))
+            value = getattr(settings, field.name)
+            if kinds is not None and (type(value) not in kinds):
+                raise TypeError(f"{field.name} should be {field.type}, is {value!r}")
+        return settings
+
+
+# Names under which a run's caller may give settings; None means "as the preset or the data say".
+NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
+
+
+def optimizer_with(base: Optimizer, kind: str | None, numbers: Mapping[str, float | None]) -> Optimizer:
+    """An optimiser of a kind with these numbers; what is None comes from ``base``, or its kind's own defaults.
+
+    Raises ValueError for an unknown kind, a number that the kind does not have, or one out of bounds.
+    """
+    start = base if kind is None or kind == base.kind else optimizer_from(kind, {})
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return optimizer_from(start.kind, {**asdict(start), **given})
+
+
+def resolve(
+    data: Any,
+    eight_bit: bool,
+    window: int,
+    preset: str = "auto",
+    optimizer: str | None = None,
+    numbers: Mapping[str, float | None] | None = None,
+    **given: Any,
+) -> Settings:
+    """The settings of a run: what is given (names of NAMES, None left out), else the preset's, else the data's.
+
+    Raises ValueError where a value is out of bounds or does not apply to the data.
+    """
+    chosen = choose(preset, data, eight_bit)
+    unknown = sorted(given.keys() - set(NAMES))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}")
+    values = {name: value for name, value in given.items() if value is not None}
+    if not eight_bit and "value_range" in values:
+        raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if eight_bit and values.get("standardize") is False:
+        raise ValueError("8-bit data are not standardised: leave --no-standardize out")
+    if values.get("dtype") in (None, "auto"):
+        values["dtype"] = "float32" if eight_bit else "float64"
+    settings = Settings(
+        preset=chosen.name,
+        hidden=chosen.hidden,
+        couplings=chosen.couplings,
+        prior=chosen.prior,
+        init=chosen.init,
+        dtype="float64",
+        optimizer=optimizer_with(chosen.optimizer, optimizer, numbers or {}),
+        epochs=chosen.epochs,
+        batch_size=chosen.batch_size,
+        patience=chosen.patience,
+        valid_fraction=VALID_FRACTION,
+        seed=0,
+        value_range=RANGE,
+        standardize=True,
+        allow_constant=False,
+        window=window,
+    )
+    settings = replace(settings, **values)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """ValueError for the first setting that is out of bounds; the model's and the loop's classes check theirs again."""
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    if settings.prior not in PRIORS:
+        raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
+    if settings.init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {settings.init!r}")
+    if any(size < 1 for size in settings.hidden):
+        raise ValueError(f"hidden sizes must be at least 1, got {settings.hidden}")
+    for name in ("epochs", "batch_size", "couplings"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.patience is not None and settings.patience < 1:
+        raise ValueError(f"patience must be at least 1, got {settings.patience}")
+    if not 0 <= settings.seed < 2**64:
+        raise ValueError(f"the seed must be in 0..2^64 - 1, got {settings.seed}")
+    if not 0 <= settings.valid_fraction < 1:
+        raise ValueError(f"the fraction of held-out rows must be at least 0 and below 1, got {settings.valid_fraction}")
+
+
+def contradiction(
+    settings: Settings,
+    preset: str = "auto",
+    optimizer: str | None = None,
+    numbers: Mapping[str, float | None] | None = None,
+    **given: Any,
+) -> str:
+    """The first setting given that differs from a run's own, as 'name is X in the run, Y was asked for', or ''.
+
+    epochs and patience may differ: a run can be extended.
+    """
+    values = {name: value for name, value in given.items() if value is not None and name not in ("epochs", "patience")}
+    if values.get("dtype") == "auto":
+        del values["dtype"]
+    if preset != "auto":
+        values["preset"] = preset
+    recorded = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    if optimizer is not None:
+        values["optimizer"], recorded["optimizer"] = optimizer, settings.optimizer.kind
+    for name, number in (numbers or {}).items():
+        if number is not None:
+            values[name], recorded[name] = number, asdict(settings.optimizer).get(name, "not there")
+    for name, value in values.items():
+        if recorded[name] != value:
+            return f"{name} is {_shown(recorded[name])} in the run, {_shown(value)} was asked for"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    return ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value)

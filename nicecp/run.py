@@ -1,0 +1,397 @@
+"""A training run with its files: start or resume, save while training and at the end, stop on signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+from nicecp.checkpoint import load_state, save_run, save_state, state_path
+from nicecp.data import DEMO, Splits, open_splits, split_spec
+from nicecp.errors import CheckpointError, about_file
+from nicecp.evaluate import Evaluation, evaluate
+from nicecp.fitting import preprocessing_for
+from nicecp.flow import NICE
+from nicecp.kernels.backend import Slot
+from nicecp.machine import open_backend, require_memory, versions
+from nicecp.outputs import check_output
+from nicecp.plan import cost_of_run
+from nicecp.presets import VALID_FRACTION, Settings, check, contradiction, resolve
+from nicecp.records import EpochRecord, Event, RunRecord
+from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.split import SHUFFLE_WINDOW
+from nicecp.train import Callback, TrainConfig, Trainer
+
+logger = logging.getLogger("nicecp")
+
+CHECKPOINT_EVERY = 300.0  # seconds
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ROUND_TRIP_ROWS = 256
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Log-likelihoods in nats per row: the running epoch's so far, and the last validation's."""
+
+    epoch: int  # the running one, from 1
+    epochs: int
+    fraction: float  # of the whole run
+    train_log_likelihood: float
+    valid_log_likelihood: float
+    rows_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of Run.execute. Evaluations are of the best model and None where there are no rows, or after a stop."""
+
+    finished: bool
+    stopped_by: int | None  # the signal, if one came
+    record: RunRecord
+    train: Evaluation | None
+    valid: Evaluation | None
+    test: Evaluation | None
+    round_trip: float  # max |x - f^-1(f(x))| over round_trip_rows rows
+    round_trip_rows: int
+    seconds: float  # of this process
+
+
+class Run:
+    """One training run; made by ``start`` or ``resume``, carried out by ``execute``, closed at the end.
+
+    ``out`` receives the best model, ``state`` beside it what resuming needs (nicecp.checkpoint).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Any,
+        splits: Splits,
+        flow: NICE,
+        out: str | None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+    ) -> None:
+        if not checkpoint_every > 0:
+            raise ValueError(f"the time between checkpoints must be positive, got {checkpoint_every}")
+        self.settings, self.data, self.splits, self.flow = settings, data, splits, flow
+        self.out, self.checkpoint_every = out, checkpoint_every
+        config = TrainConfig(
+            settings.epochs,
+            settings.batch_size,
+            settings.optimizer,
+            settings.patience,
+            settings.seed,
+            settings.window,
+        )
+        self._keeper = _Keeper(self)
+        self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
+        self.trainer.record.config = self._config()
+        self.trainer.record.versions = versions()
+        self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
+        self.stopped_by: int | None = None
+        self.resumed = False
+        if settings.patience is not None and splits.valid is None:
+            logger.warning("without validation rows patience has no effect: all %d epochs are run", settings.epochs)
+
+    # --- beginning --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(
+        cls,
+        data: Any,
+        out: StrPath | None = "run.h5",
+        *,
+        preset: str = "auto",
+        optimizer: str | None = None,
+        numbers: Mapping[str, float | None] | None = None,
+        overwrite: bool = False,
+        device: str = "auto",
+        threads: int | None = None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+        **given: Any,
+    ) -> Run:
+        """A new run.
+
+        Parameters
+        ----------
+        data : as nicecp.data.open_splits
+        out : file for the best model, or None to write nothing
+        preset, optimizer, numbers, **given : see nicecp.presets.resolve
+        overwrite : replace existing files at the first checkpoint
+
+        Raises
+        ------
+        CheckpointError
+            The output exists or its folder cannot be written; nothing has been read then.
+        DataError, ValueError, DeviceError, MemoryError
+            The data, a setting, the device or the machine will not do.
+        """
+        if out is not None:
+            check_output(out, overwrite, data)
+            check_output(state_path(out), overwrite, data)
+        fraction, seed = given.get("valid_fraction"), given.get("seed")
+        splits = open_splits(data, VALID_FRACTION if fraction is None else fraction, 0 if seed is None else seed)
+        try:
+            source, rows = splits.train.source, len(splits.train)
+            settings = resolve(data, source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
+            if given.get("batch_size") is None:
+                settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
+            spec = settings.model_spec(source.n_features)
+            require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
+            backend = open_backend(device, threads)
+            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            info = replace(source.info, fingerprint=source.fingerprint())
+            flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
+            return cls(settings, data, splits, flow, None if out is None else os.fspath(out), checkpoint_every)
+        except BaseException:
+            splits.close()
+            raise
+
+    @classmethod
+    def resume(
+        cls,
+        path: StrPath,
+        *,
+        data: Any = None,
+        device: str = "auto",
+        threads: int | None = None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+        preset: str = "auto",
+        optimizer: str | None = None,
+        numbers: Mapping[str, float | None] | None = None,
+        **given: Any,
+    ) -> Run:
+        """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
+
+        epochs and patience may be given anew; any other setting must be the run's own or None. The same machine and
+        threads give the same bits as a run that was never interrupted.
+
+        Raises
+        ------
+        CheckpointError
+            No state file, or one that is not a run's.
+        DataError
+            The data are not those that the run was trained on.
+        ValueError
+            A setting contradicts the run's.
+        """
+        out = os.fspath(path)
+        stem = out.removesuffix(".h5").removesuffix(".state")
+        if not os.path.lexists(state_path(out)) and state_path(stem + ".h5") == out:
+            out = stem + ".h5"  # the state file itself was named
+        state_file = state_path(out)
+        if not os.path.lexists(state_file):
+            problem = f"its state file {state_file!r} is not there" if os.path.lexists(out) else "no such run"
+            raise CheckpointError(about_file(out, problem, "a run that has saved its state can be resumed"))
+        backend = open_backend(device, 1)  # until the run's own number of threads is known
+        flow, record, state = load_state(state_file, backend=backend)
+        settings = recorded_settings(record)
+        if settings is None:
+            problem = "does not say with which settings it was trained"
+            raise CheckpointError(about_file(state_file, problem, "only runs of `nicecp train` can be resumed"))
+        different = contradiction(settings, preset, optimizer, numbers, **given)
+        if different:
+            remedy = "leave it out, or start a new run with another --out"
+            raise CheckpointError(about_file(out, different, remedy))
+        changes = {name: given[name] for name in ("epochs", "patience") if given.get(name) is not None}
+        settings = replace(settings, **changes)
+        check(settings)
+        backend = open_backend(device, record.threads if threads is None else threads)
+        flow = NICE.from_spec(flow.spec, state.parameters, flow.preprocessing, flow.info, backend=backend)
+        data = record.config.get("data") if data is None else data
+        if not data:
+            raise CheckpointError(about_file(state_file, "does not say where its data are", "pass --data"))
+        splits = open_splits(data, settings.valid_fraction, settings.seed)
+        try:
+            check_same_data(flow, splits, record)
+            run = cls(settings, data, splits, flow, out, checkpoint_every)
+            record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
+            record.threads = run.trainer.record.threads
+            if state.optimizer != settings.optimizer.kind:
+                problem = f"holds the state of {state.optimizer}, its settings say {settings.optimizer.kind}"
+                raise CheckpointError(about_file(state_file, problem, "use another copy of the file"))
+            run.trainer.restore(record, state)
+            run.resumed = True
+            return run
+        except BaseException:
+            splits.close()
+            raise
+
+    def _config(self) -> dict[str, Any]:
+        """What /training/config holds: enough to resume, and to repeat the run by hand."""
+        data = self.data
+        if not isinstance(data, str) or data == DEMO:
+            named = data if data == DEMO else os.path.abspath(data) if isinstance(data, os.PathLike) else ""
+        else:
+            path, dataset = split_spec(data)
+            named = os.path.abspath(path) + (f":{dataset}" if dataset else "")
+        parts = {"train": self.splits.train, "valid": self.splits.valid, "test": self.splits.test}
+        return {
+            "data": named,
+            "settings": self.settings.to_json(),
+            "rows": {name: None if split is None else split.describe() for name, split in parts.items()},
+        }
+
+    # --- doing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str | None:
+        return None if self.out is None else state_path(self.out)
+
+    def execute(self, callbacks: Sequence[Callback] = ()) -> Outcome:
+        """Train to the end or until a signal or trainer.request_stop(); save; score the best model.
+
+        SIGINT, SIGTERM and SIGHUP finish the running step and save (a second SIGINT raises KeyboardInterrupt at once;
+        files stay whole). Signals that were ignored stay ignored; outside the main thread none is handled. The files
+        are written every ``checkpoint_every`` seconds and at the end.
+
+        Raises
+        ------
+        TrainingError
+            The loss is not finite for a whole epoch.
+        CheckpointError
+            The files cannot be written at the end. (Before that a failure is a warning, and the next time may do.)
+        """
+        began = time.monotonic()
+        trainer = self.trainer
+        trainer.callbacks = [self._keeper, *callbacks]
+        if trainer.finished:
+            if self.out is not None and not os.path.lexists(self.out):
+                self.save()
+            return self._outcome(began)
+        self._keeper.due = began + self.checkpoint_every
+        with self._handling_signals():
+            if self.stopped_by is None:
+                trainer.run()
+            if not trainer.finished:
+                self.save()
+        return self._outcome(began)
+
+    def save(self) -> None:
+        """Write both files now; nothing without ``out``."""
+        if self.out is None or self.state is None:
+            return
+        trainer = self.trainer
+        resume = trainer.resume_state()
+        # The state file first: it alone is enough to go on, so that between the two nothing is lost.
+        save_state(self.state, self.flow, trainer.record, resume)
+        save_run(self.out, self.flow, resume.best_parameters, trainer.record, overwrite=True)
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.stopped_by is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+            self.trainer.request_stop()
+
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            # nohup and shells' background jobs ignore signals on purpose
+            handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            before = {number: signal.signal(number, stop) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows presented so far, by earlier processes too."""
+        trainer = self.trainer
+        batches = trainer.record.epoch * trainer.reader.n_batches + trainer.position
+        return batches * trainer.config.batch_size
+
+    def progress(self) -> Progress:
+        """Where the run is; copies 64 numbers from the device, so ask a few times a second, not every step."""
+        trainer = self.trainer
+        state = trainer.backend.copy_out(trainer.state)
+        weight = float(state[Slot.WEIGHT_SUM])
+        last = trainer.record.history[-1] if trainer.record.history else None
+        offset = sum(step.log_det for step in self.flow.preprocessing)
+        train = float(state[Slot.LOG_PROB_SUM]) / weight + offset if weight else math.nan
+        done = self.rows_done
+        total = self.settings.epochs * trainer.reader.n_batches * trainer.config.batch_size
+        rate = self._keeper.rows_per_second()
+        return Progress(
+            epoch=min(trainer.record.epoch + (trainer.position > 0), self.settings.epochs),
+            epochs=self.settings.epochs,
+            fraction=min(1.0, done / total),
+            train_log_likelihood=train,
+            valid_log_likelihood=math.nan if last is None else last.valid_log_likelihood,
+            rows_per_second=rate,
+            seconds_left=(total - done) / rate if rate > 0 else math.nan,
+        )
+
+    def _outcome(self, began: float) -> Outcome:
+        trainer, splits = self.trainer, self.splits
+        if not trainer.finished:
+            return Outcome(
+                False, self.stopped_by, trainer.record, None, None, None, math.nan, 0, time.monotonic() - began
+            )
+        # The best model; a run that was finished before it was resumed has not put it in place itself.
+        self.flow.set_parameters(trainer.resume_state().best_parameters)
+        seed, best = self.settings.seed, trainer.record.best_epoch
+        train = evaluate(self.flow, splits.train, seed)
+        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best)
+        test = None if splits.test is None else evaluate(self.flow, splits.test, seed)
+        rows = example_rows(self.flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
+        error = round_trip_error(self.flow, rows)
+        return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)
+
+    def close(self) -> None:
+        self.splits.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Keeper(Callback):
+    """Saves when it is time, and at the end, before the best parameters replace the last ones."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.due = math.inf
+        self._first: tuple[float, int] | None = None
+
+    def on_step(self, trainer: Trainer) -> None:
+        if self._run.stopped_by is not None:  # a signal that came before the loop began
+            trainer.request_stop()
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self._run.rows_done
+        if now < self.due:
+            return
+        try:
+            self._run.save()
+        except CheckpointError as error:
+            logger.warning("%s (training goes on; the next checkpoint may succeed)", error)
+            step = int(trainer.backend.copy_out(trainer.state)[Slot.STEP])
+            trainer.record.events.append(Event(trainer.record.epoch, step, "not saved", str(error)))
+        self.due = time.monotonic() + self._run.checkpoint_every
+
+    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        if trainer.finished:
+            self._run.save()
+
+    def rows_per_second(self) -> float:
+        """Since the first step was over (it may have compiled), validation and checkpoints included."""
+        if self._first is None:
+            return math.nan
+        begin, rows = self._first
+        return (self._run.rows_done - rows) / max(time.monotonic() - begin, 1e-9)

@@ -1,0 +1,127 @@
+"""Samples of a flow as files: HDF5 with the numbers, or a PNG picture."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.checkpoint import load
+from nicecp.errors import CheckpointError, about_file
+from nicecp.flow import NICE
+from nicecp.images import encode_png, grid
+from nicecp.machine import open_backend, require_memory
+from nicecp.outputs import check_output
+from nicecp.preprocessing import Dequantize
+from nicecp.store import write_bytes
+
+StrPath = str | os.PathLike[str]
+FORMATS = (".h5", ".hdf5", ".png")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: rows and columns of the samples, and the seed that they come from."""
+
+    rows: int
+    features: int
+    seed: int
+
+
+def write_samples(
+    checkpoint: StrPath,
+    out: StrPath,
+    n: int = 100,
+    seed: int = 0,
+    overwrite: bool = False,
+    columns: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Written:
+    """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
+
+    out : FILE.h5 with the dataset ``samples`` (n, d) of the flow's dtype in data space, and for 8-bit data ``images``
+        uint8 (n, *image_shape); or FILE.png with a grid of the images, ``columns`` in a row.
+    seed : row i depends on the seed and i alone.
+
+    Raises CheckpointError (the checkpoint, the output, or a picture of what has no image shape), ValueError, MemoryError.
+    """
+    suffix = os.path.splitext(os.fspath(out))[1].lower()
+    if suffix not in FORMATS:
+        raise CheckpointError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
+    if n < 1:
+        raise ValueError(f"the number of samples must be at least 1, got {n}")
+    check_output(out, overwrite, checkpoint)
+    flow = load(checkpoint, backend=open_backend(device, threads))
+    if suffix == ".png":
+        _check_drawable(flow, checkpoint)
+    # The prior's draw, the rows, and copies on the way.
+    require_memory(5 * 8 * n * flow.n_features, f"drawing {n:,} samples")
+    samples = flow.sample(n, seed)
+    if suffix == ".png":
+        data = encode_png(grid(as_images(flow, samples), columns))
+    else:
+        data = _hdf5(flow, samples, seed, os.path.basename(os.fspath(checkpoint)))
+    write_bytes(out, data, overwrite)
+    return Written(n, flow.n_features, seed)
+
+
+def _dequantize(flow: NICE) -> Dequantize | None:
+    return next((step for step in flow.preprocessing if isinstance(step, Dequantize)), None)
+
+
+def _check_drawable(flow: NICE, checkpoint: StrPath) -> None:
+    shape = flow.info.image_shape
+    if shape is None:
+        raise CheckpointError(about_file(checkpoint, "its data have no image shape", "write the samples to a .h5 file"))
+    if len(shape) != 2 and not (len(shape) == 3 and shape[2] in (1, 3)):
+        problem = f"its images of shape {shape} are neither grey (h, w) nor RGB (h, w, 3)"
+        raise CheckpointError(about_file(checkpoint, problem, "write the samples to a .h5 file"))
+
+
+def as_images(flow: NICE, samples: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """samples : (n, d) in data space -> (n, h, w) or (n, h, w, 3) uint8.
+
+    Values of 8-bit data get their bytes back; floats are stretched so that the samples' extremes are black and white.
+    """
+    shape = flow.info.image_shape or (flow.n_features,)
+    step = _dequantize(flow)
+    if step is not None:
+        pixels = step.to_bytes(samples)
+    else:
+        low, high = float(samples.min()), float(samples.max())
+        pixels = Dequantize(low, high if high > low else low + 1.0).to_bytes(samples)
+    return pixels.reshape(-1, *(shape[:2] if shape[2:] == (1,) else shape))
+
+
+def _hdf5(flow: NICE, samples: NDArray[np.float64], seed: int, checkpoint: str) -> bytes:
+    """The image of an HDF5 file."""
+    import h5py
+
+    info = flow.info
+    with h5py.File("samples", "w", driver="core", backing_store=False) as file:
+        attrs: dict[str, Any] = {"seed": np.uint64(seed), "checkpoint": _text(checkpoint)}
+        dataset = file.create_dataset("samples", data=samples.astype(flow.dtype), track_times=False)
+        if info.columns is not None:
+            attrs["columns"] = np.array([_text(name) for name in info.columns])
+        if info.units is not None:
+            attrs["units"] = np.array([_text(name) for name in info.units])
+        if info.image_shape is not None:
+            attrs["image_shape"] = np.array(info.image_shape, np.int64)
+        for name, value in attrs.items():
+            dataset.attrs[name] = value
+        step = _dequantize(flow)
+        if step is not None:
+            dataset.attrs["range"] = np.array([step.low, step.high])
+            shape = info.image_shape or (flow.n_features,)
+            images = step.to_bytes(samples).reshape(len(samples), *shape)
+            file.create_dataset("images", data=images, track_times=False)
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
+def _text(text: str) -> np.bytes_:
+    return np.bytes_(text.encode("utf-8", "backslashreplace"))

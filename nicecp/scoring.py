@@ -1,0 +1,192 @@
+"""Score a checkpoint on data: which rows are meant, their mean log-likelihood, the error of going there and back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.checkpoint import load_run
+from nicecp.data import Source, Splits, open_source, open_splits, split_spec
+from nicecp.errors import DataError, about_file
+from nicecp.evaluate import Evaluation, check_fits, evaluate
+from nicecp.flow import NICE
+from nicecp.kernels.backend import Purpose
+from nicecp.machine import open_backend
+from nicecp.preprocessing import Dequantize
+from nicecp.presets import Settings
+from nicecp.records import RunRecord
+from nicecp.split import BLOCK, Split
+
+PARTS = ("auto", "train", "valid", "test")
+_NOISE = {"train": Purpose.TRAIN_NOISE, "valid": Purpose.VALID_NOISE, "test": Purpose.TEST_NOISE}
+
+
+@dataclass(frozen=True)
+class Score:
+    """An evaluation, the rows that it was made on in words, their dataset, and the seed of the dequantization noise."""
+
+    evaluation: Evaluation
+    rows: str
+    dataset: str
+    seed: int
+
+
+def recorded_settings(record: RunRecord | None) -> Settings | None:
+    """The settings in a run's record, or None where there are none (a flow saved from Python, another writer)."""
+    try:
+        return None if record is None else Settings.from_json(record.config["settings"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def score(
+    checkpoint: str | os.PathLike[str],
+    data: Any,
+    part: str = "auto",
+    seed: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Score:
+    """Mean log-likelihood of a checkpoint's flow on data (nats per row, in the data's space).
+
+    Parameters
+    ----------
+    data : as nicecp.data.open_source
+    part : "auto", "train", "valid" or "test"
+        train and valid are the run's own rows where the data are those that the run was trained on, else the dataset of
+        that name. auto: the dataset that ``data`` names, else the test dataset, else the run's own validation rows,
+        else all rows.
+    seed : int, optional
+        Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
+
+    Raises
+    ------
+    DataError, CheckpointError
+        A file cannot be used, or the data do not fit the flow.
+    """
+    if part not in PARTS:
+        raise ValueError(f"the part must be one of {', '.join(PARTS)}, got {part!r}")
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    seed = seed if seed is not None else record.seed if record is not None else 0
+    split = choose_rows(flow, record, data, part)
+    try:
+        return Score(evaluate(flow, split, seed), describe_rows(split), split.source.name, seed)
+    finally:
+        split.source.close()
+
+
+def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split:
+    """The rows that ``score`` means; the caller closes the split's source. DataError where they do not fit the flow."""
+    if part in ("train", "valid"):
+        return _own_rows(flow, record, data, part) or _all_rows(flow, open_source(data, part), part)
+    whole = _all_rows(flow, open_source(data, "test"), "test")
+    if part == "auto" and not _is_named(data, whole.source) and _plays_train(data, whole.source):
+        own = _own_rows(flow, record, data, "valid")
+        if own is not None:
+            whole.source.close()
+            return own
+    return whole
+
+
+def _all_rows(flow: NICE, source: Source, part: str) -> Split:
+    split = Split.contiguous(source, 0, source.n_rows, _NOISE[part])
+    try:
+        check_fits(flow, split)
+    except DataError:
+        source.close()
+        raise
+    return split
+
+
+def _is_named(data: Any, source: Source) -> bool:
+    """Whether the data were given as FILE:/DATASET with this very dataset, or as an array."""
+    if not isinstance(data, (str, os.PathLike)):
+        return True
+    path, dataset = split_spec(data)
+    return dataset is not None and source.name == f"{path}:/{dataset.strip('/')}"
+
+
+def _plays_train(data: Any, source: Source) -> bool:
+    """Whether the test rows are the training dataset, for want of a test dataset."""
+    try:
+        train = open_source(data, "train")
+    except DataError:
+        return False
+    train.close()
+    return train.name == source.name
+
+
+def _own_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split | None:
+    """The run's own training or validation rows, if these are the data that it was trained on."""
+    settings = recorded_settings(record)
+    if settings is None or not flow.info.fingerprint:
+        return None
+    try:
+        splits = open_splits(data, settings.valid_fraction, settings.seed)
+    except DataError:
+        return None  # a file without training data cannot be the run's; opening the named dataset says what is wrong
+    split = splits.train if part == "train" else splits.valid
+    if split is None or splits.train.source.fingerprint() != flow.info.fingerprint:
+        splits.close()
+        return None
+    for other in (splits.train, splits.valid, splits.test):
+        if other is not None and other.source is not split.source:
+            other.source.close()
+    check_fits(flow, split)
+    return split
+
+
+def check_same_data(flow: NICE, splits: Splits, record: RunRecord) -> None:
+    """DataError unless the rows are those of the run: the training data's fingerprint and the rule of the split."""
+    source = splits.train.source
+    check_fits(flow, splits.train)
+    if source.fingerprint() != flow.info.fingerprint:
+        problem = "its numbers are not those that the run was trained on (another fingerprint)"
+        raise DataError(about_file(source.name, problem, "pass the run's own data with --data, or start a new run"))
+    recorded = record.config.get("rows")
+    for name, split in (("train", splits.train), ("valid", splits.valid)):
+        was = recorded.get(name) if isinstance(recorded, dict) else None
+        now = None if split is None else split.describe()
+        if _without_source(was) != _without_source(now):
+            problem = f"its {name} rows are not those of the run"
+            raise DataError(about_file(source.name, problem, "pass the run's own data with --data"))
+
+
+def _without_source(described: Any) -> Any:
+    """A split's description but for the file's name: a file may have been moved."""
+    return {key: value for key, value in described.items() if key != "source"} if isinstance(described, dict) else None
+
+
+def describe_rows(split: Split) -> str:
+    """Which rows a split holds, in words."""
+    name, n = split.source.name, len(split)
+    if split.fraction is not None:
+        which = "held out" if split.member else "not held out"
+        return f"the {n:,} rows of {name} {which} by seed {split.seed}"
+    if n == split.source.n_rows:
+        return f"all {n:,} rows of {name}"
+    return f"rows {split.start:,} to {split.stop - 1:,} of {name}"
+
+
+def head(split: Split, rows: int) -> Split:
+    """The part of a split that lies in its first ``rows`` rows of the file, rounded up to whole blocks."""
+    stop = min(split.stop, split.start + -(-rows // BLOCK) * BLOCK)
+    return Split(split.source, split.start, stop, split.purpose, split.fraction, split.seed, split.member)
+
+
+def example_rows(flow: NICE, split: Split, n: int) -> NDArray[np.float64]:
+    """The first n rows of a split in data space : (<= n, d); 8-bit values as the middle of their bins."""
+    rows = np.asarray(head(split, n).load()[0][:n], np.float64)
+    for step in flow.preprocessing:
+        if isinstance(step, Dequantize):
+            return step.low + (step.high - step.low) * (rows + 0.5) / step.levels
+    return rows
+
+
+def round_trip_error(flow: NICE, x: NDArray[np.float64]) -> float:
+    """max |x - f^-1(f(x))| over rows x : (n, d), in data space."""
+    return float(np.abs(x - flow.inverse(flow.forward(x)[0])[0]).max(initial=0.0))
