@@ -248,7 +248,7 @@ class Backend(ABC):
 
     @abstractmethod
     def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        """out : (n, k) = bits * 2^-16, 16 bits each: block c // 8, word c % 8 // 2, low half first; row first_row + i."""
+        """out : (n, k) = bits * 2^-16, 16 each: block c // 8, word c % 8 // 2, low half first; row first_row + i."""
 
     @abstractmethod
     def fill_normal(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
@@ -261,4 +261,4 @@ class Backend(ABC):
 
     @abstractmethod
     def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        """out : (n, k) standard logistic log(u / (1 - u)): columns 2j from u, 2j + 1 from v of fill_normal's block j."""
+        """out : (n, k) logistic log(u / (1 - u)): columns 2j from u, 2j + 1 from v of block j, as in fill_normal."""
