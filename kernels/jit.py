@@ -26,10 +26,25 @@ def kernel(function: F) -> F:
     options: dict[str, Any] = {"nogil": True, "fastmath": REASSOCIATE, "error_model": "numpy"}
     try:
         compiled: F = numba.njit(function, cache=True, **options)
+        _forgive_full_disks(compiled)
     except RuntimeError as error:  # "cannot cache function: no locator available"
         logger.debug("compiling %s without a cache: %s", function.__name__, error)
         compiled = numba.njit(function, **options)
     return compiled
+
+
+def _forgive_full_disks(compiled: Any) -> None:
+    """Numba checks the cache folder when it decorates; a disk that is full when it saves would end the first call."""
+    cache = compiled._cache
+    save = cache.save_overload
+
+    def save_if_possible(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            logger.debug("compiled code was not cached: %s", error)
+
+    cache.save_overload = save_if_possible
 
 
 def inlined(function: F) -> F:
