@@ -5,6 +5,7 @@ Commands are imported when they are called, so that `nicecp --help` stays quick.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -82,10 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        with messages(debug):
-            result: Any = cli.main(arguments, prog_name="nicecp", standalone_mode=False)
+        # Not cli.main: it would print a line of its own for an interrupt and end quietly where a pipe is closed.
+        with messages(debug), cli.make_context("nicecp", arguments) as ctx:
+            result: Any = cli.invoke(ctx)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as ending:  # --help and --version
+        return ending.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -98,7 +102,8 @@ def _report(error: Exception) -> int:
     """Print an error as one line -> the exit code."""
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone. Python flushes standard output once more at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):  # there may be no real file behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message())

@@ -57,106 +57,13 @@ def data_name(text: str) -> str:
     return text
 
 
-SEED = 2**64 - 1
-
-
-class Hidden(click.ParamType[tuple[int, ...]]):
-    """Hidden layer sizes: '1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value.strip().lower() == "none":
-            return ()
-        sizes: list[int] = []
-        for part in value.split(","):
-            found = re.fullmatch(r"\s*(?:(\d{1,4})\s*[xX*]\s*)?(\d{1,9})\s*", part)
-            count, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
-            if count < 1 or size < 1 or len(sizes) + count > 1000:
-                self.fail(f"{value!r} is not a list of layer sizes such as 1000,1000 or 5x1000", param, ctx)
-            sizes += [size] * count
-        return tuple(sizes)
-
-
-class Duration(click.ParamType[float]):
-    """A time in seconds: '30s', '5min', '2h', '1.5h'; a plain number is minutes."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", value.lower())
-        seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
-        if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)", param, ctx)
-        return seconds
-
-
-SEED = 2**64 - 1
-
-
-class Hidden(click.ParamType[tuple[int, ...]]):
-    """Hidden layer sizes: '1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value.strip().lower() == "none":
-            return ()
-        sizes: list[int] = []
-        for part in value.split(","):
-            found = re.fullmatch(r"\s*(?:(\d{1,4})\s*[xX*]\s*)?(\d{1,9})\s*", part)
-            count, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
-            if count < 1 or size < 1 or len(sizes) + count > 1000:
-                self.fail(f"{value!r} is not a list of layer sizes such as 1000,1000 or 5x1000", param, ctx)
-            sizes += [size] * count
-        return tuple(sizes)
-
-
-class Duration(click.ParamType[float]):
-    """A time in seconds: '30s', '5min', '2h', '1.5h'; a plain number is minutes."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", value.lower())
-        seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
-        if not 0 < seconds < 1e9:
-            self.fail(f"{value!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)", param, ctx)
-        return seconds
-
-
-class Range(click.ParamType[tuple[float, float]]):
-    """Two numbers 'LO,HI'."""
-
-    name = "lo,hi"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            low, high = (float(part) for part in value.split(","))
-        except ValueError:
-            low = high = math.nan
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            self.fail(f"{value!r} is not a range LO,HI such as -1,1", param, ctx)
-        return low, high
-
-
+DEBUG = "Show the traceback of an error, and the library's messages."
 SEED = click.IntRange(0, MAX_SEED)
 
 
-def debug_option(command: F) -> F:
+def debug_option(group: F) -> F:
     """--debug: read by nicecp.cli.main from the arguments, since it must work when parsing fails."""
-    text = "Show the traceback of an error, and the library's messages."
-    return click.option("--debug", is_flag=True, expose_value=False, help=text)(command)
+    return click.option("--debug", is_flag=True, expose_value=False, help=DEBUG)(group)
 
 
 def json_option(command: F) -> F:
@@ -188,7 +95,8 @@ def command(name: str, examples: str) -> Callable[[F], click.Command]:
 
     def wrap(function: F) -> click.Command:
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-        made = click.command(name, epilog="\b\nExamples:\n" + examples, context_settings=settings)
-        return made(debug_option(function))
+        made = click.command(name, epilog="\b\nExamples:\n" + examples, context_settings=settings)(function)
+        made.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG))  # last in the help
+        return made
 
     return wrap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Display(Callback):
             # Our own figures, since tqdm's know neither validation nor what an earlier process did; they stand where
             # the unit would, because tqdm puts a comma before a postfix.
             form = "{desc} |{bar}| {unit}"
-            self._bar = tqdm(total=_STEPS, bar_format=form, file=sys.stderr, dynamic_ncols=True, leave=False, delay=0)
+            width = {"dynamic_ncols": True} if _columns(sys.stderr) else {"ncols": 80}
+            self._bar = tqdm(total=_STEPS, bar_format=form, file=sys.stderr, leave=False, **width)
             self._bar.set_description_str(f"epoch {min(run.trainer.record.epoch + 1, run.settings.epochs)}", False)
             self._show("starting")
             around_line.append(self._above)
@@ -109,6 +111,14 @@ def _is_terminal(stream: Any) -> bool:
         return bool(stream.isatty())
     except (AttributeError, ValueError):
         return False
+
+
+def _columns(stream: Any) -> int:
+    """The terminal's width; 0 where it does not know (tqdm would show nothing)."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _nats(value: float) -> str:

@@ -27,38 +27,29 @@ EXAMPLES = """\
 """
 PRESET = "from the preset"
 
-# Options that set a number of an optimiser: parameter, option, the number's name by kind, type, help.
-_NUMBERS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
-    ("lr", "--lr", {"adam": "rate", "rmsprop": "rate"}, float, "Learning rate."),
-    ("momentum", "--momentum", {"adam": "momentum"}, float, "adam: averaging of gradients (1 - beta1 of the paper)."),
-    ("beta2", "--beta2", {"adam": "beta2"}, float, "adam: as the paper writes it, 0.01 is a decay of 0.99."),
-    ("lam", "--lam", {"adam": "lam"}, float, "adam: decay of the first-moment coefficient."),
-    ("epsilon", "--epsilon", {"adam": "epsilon"}, float, "adam: added to the root mean square."),
-    (
-        "rate_decay",
-        "--rate-decay",
-        {"adam": "rate_decay", "rmsprop": "rate_decay"},
-        float,
-        "Divides the rate each update.",
-    ),
-    ("rate_floor", "--rate-floor", {"adam": "rate_floor", "rmsprop": "rate_floor"}, float, "The rate's lower bound."),
-    ("average", "--average", {"rmsprop": "average"}, float, "rmsprop: averaging of squared gradients."),
-    ("rms_floor", "--rms-floor", {"rmsprop": "floor"}, float, "rmsprop: lower bound of the root mean square."),
-    (
-        "momentum_start",
-        "--momentum-start",
-        {"rmsprop": "momentum_start"},
-        float,
-        "rmsprop: momentum of the first epochs.",
-    ),
-    ("momentum_end", "--momentum-end", {"rmsprop": "momentum_end"}, float, "rmsprop: momentum after them."),
-    ("momentum_epoch", "--momentum-epoch", {"rmsprop": "momentum_epoch"}, int, "rmsprop: how many first epochs."),
+# Options that set a number of an optimiser: option, the number's name (nicecp.optimizers), type, help.
+_POSITIVE = click.FloatRange(0, min_open=True)
+_BELOW_ONE = click.FloatRange(0, 1, max_open=True)
+_UP_TO_ONE = click.FloatRange(0, 1, min_open=True)
+_NUMBERS: tuple[tuple[str, str, Any, str], ...] = (
+    ("--lr", "rate", _POSITIVE, "Learning rate."),
+    ("--momentum", "momentum", _BELOW_ONE, "adam: averaging of gradients (1 - beta1 of the paper)."),
+    ("--beta2", "beta2", _UP_TO_ONE, "adam: as the paper writes it, 0.01 is a decay of 0.99."),
+    ("--lam", "lam", _UP_TO_ONE, "adam: decay of the first-moment coefficient."),
+    ("--epsilon", "epsilon", _POSITIVE, "adam: added to the root mean square."),
+    ("--rate-decay", "rate_decay", click.FloatRange(1), "The rate is divided by this at every update."),
+    ("--rate-floor", "rate_floor", click.FloatRange(0), "The rate does not fall below this."),
+    ("--average", "average", _BELOW_ONE, "rmsprop: averaging of squared gradients."),
+    ("--rms-floor", "floor", _POSITIVE, "rmsprop: lower bound of the root mean square."),
+    ("--momentum-start", "momentum_start", _BELOW_ONE, "rmsprop: momentum of the first epochs."),
+    ("--momentum-end", "momentum_end", _BELOW_ONE, "rmsprop: momentum after them."),
+    ("--momentum-epoch", "momentum_epoch", click.IntRange(0), "rmsprop: how many first epochs."),
 )
 
 
 def _number_options(function: Any) -> Any:
-    for _, option, _, kind, text in reversed(_NUMBERS):
-        function = click.option(option, type=kind, show_default=PRESET, help=text)(function)
+    for option, name, kind, text in reversed(_NUMBERS):
+        function = click.option(option, f"number_{name}", type=kind, show_default=PRESET, help=text)(function)
     return function
 
 
@@ -170,7 +161,7 @@ def train(
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
-        "numbers": _numbers(optimizer, given),
+        "numbers": {name: given.pop(f"number_{name}") for _, name, _, _ in _NUMBERS},
         "value_range": range_,
         "standardize": False if no_standardize else None,
         "allow_constant": True if allow_constant else None,
@@ -188,17 +179,3 @@ def train(
             training.show_plan(run, as_json)
             return 0
         return training.carry_out(run, as_json)
-
-
-def _numbers(optimizer: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Take the optimiser's numbers out of the options; those that belong to another optimiser are a usage error."""
-    numbers: dict[str, Any] = {}
-    kind = optimizer or "adam"  # every preset's
-    for parameter, option, names, _, _ in _NUMBERS:
-        value = given.pop(parameter)
-        if value is None:
-            continue
-        if kind not in names:
-            raise click.UsageError(f"{option} belongs to --optimizer {' or '.join(names)}, not to {kind}")
-        numbers[names[kind]] = value
-    return numbers

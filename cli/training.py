@@ -67,6 +67,14 @@ def _why(run: Run) -> str:
     return f"{epochs} epochs, {run.settings.patience} without a better validation"
 
 
+def _further(run: Run) -> str:
+    """The option with which a finished run goes on."""
+    epochs, patience = run.trainer.record.epoch, run.settings.patience
+    return (
+        f"--epochs {2 * epochs}" if epochs >= run.settings.epochs or patience is None else f"--patience {2 * patience}"
+    )
+
+
 def ending(run: Run, outcome: Outcome) -> str:
     record = outcome.record
     rows = [("epochs", f"{_why(run)}; the best is {record.best_epoch}")]
@@ -83,7 +91,7 @@ def ending(run: Run, outcome: Outcome) -> str:
     commands = [
         sample,
         f"nicecp evaluate {out} --data {shlex.quote(str(run.data) if isinstance(run.data, str) else named)}",
-        f"nicecp train --resume {out} --epochs {2 * max(record.epoch, 1)}",
+        f"nicecp train --resume {out} " + _further(run),
     ]
     return table(rows) + "\nnext:\n" + "\n".join("  " + line for line in commands)
 

@@ -121,6 +121,8 @@ def optimizer_with(base: Optimizer, kind: str | None, numbers: Mapping[str, floa
     """
     start = base if kind is None or kind == base.kind else optimizer_from(kind, {})
     given = {name: value for name, value in numbers.items() if value is not None}
+    for name in given.keys() - asdict(start).keys():
+        raise ValueError(f"optimizer {start.kind} has no setting {name}; it has {', '.join(asdict(start))}")
     return optimizer_from(start.kind, {**asdict(start), **given})
 
 
@@ -213,7 +215,7 @@ def contradiction(
         values["optimizer"], recorded["optimizer"] = optimizer, settings.optimizer.kind
     for name, number in (numbers or {}).items():
         if number is not None:
-            values[name], recorded[name] = number, asdict(settings.optimizer).get(name, "not there")
+            values[name], recorded[name] = number, asdict(settings.optimizer).get(name, "not a setting")
     for name, value in values.items():
         if recorded[name] != value:
             return f"{name} is {_shown(recorded[name])} in the run, {_shown(value)} was asked for"

@@ -1,0 +1,334 @@
+"""`nicecp train`: what it prints, signals and exit codes of a real process, resuming to the same bits."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from nicecp.checkpoint import load_run, load_state
+from nicecp.cli.main import main
+from nicecp.presets import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--hidden", "6", "--couplings", "3", "--batch-size", "20", "--threads", "1"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    with h5py.File("table.h5", "w") as file:
+        file["train"] = rng.normal(size=(240, 4))
+        file["test"] = rng.normal(size=(30, 4))
+    with h5py.File("images.h5", "w") as file:
+        file["train"] = rng.integers(0, 256, (240, 3, 4), dtype=np.uint8)
+    return tmp_path
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def model_bytes(path: str | Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()].tobytes()
+
+    with h5py.File(path, "r") as file:
+        file["model"].visititems(collect)
+    assert found
+    return found
+
+
+def test_lines_in_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(["train", "--data", "table.h5", "--epochs", "3", *SMALL], capsys)
+    lines = out.splitlines()
+    assert err == ""
+    assert lines[0].startswith(
+        "data: table.h5:/train, 240 rows of 4 columns, float64; 200 rows to train on, 40 to valid"
+    )
+    assert "drawn by seed 0" in lines[0]
+    assert lines[1].startswith("model: 4 features, 3 couplings, additive with hidden 6, logistic prior, float64, ")
+    assert lines[2].startswith("device: cpu, 1 thread, ")
+    _, record = load_run("run.h5")  # the default --out
+    assert record is not None
+    for row, line in zip(record.history, lines[3:6], strict=True):
+        found = re.match(r"epoch (\d)/3  train (\S+)  valid (\S+) nats", line)
+        assert found is not None
+        assert [float(text) for text in found.groups()] == [
+            row.epoch,
+            round(row.train_log_likelihood, 2),
+            round(row.valid_log_likelihood, 2),
+        ]
+    ending = "\n".join(lines[6:])
+    for words in (
+        "round trip",
+        "best is",
+        "run.state.h5",
+        "nicecp sample run.h5",
+        "nicecp evaluate run.h5",
+        "--resume",
+    ):
+        assert words in ending
+    shown = re.search(r"^  test +(\S+) \+- (\S+) nats per row \(30 rows\)$", out, re.MULTILINE)
+    assert shown is not None
+    assert run(["evaluate", "run.h5", "--data", "table.h5"], capsys)[0].startswith(f"{shown[1]} +- {shown[2]} nats")
+
+
+def test_the_commands_at_the_end_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(["train", "--data", "images.h5", "--epochs", "2", *SMALL, "--out", "a b.h5"], capsys)
+    commands = out.partition("next:\n")[2].splitlines()
+    assert len(commands) == 3
+    import shlex
+
+    for line in commands:
+        name, *words = shlex.split(line)
+        assert name == "nicecp"
+        run(words, capsys)
+    assert Path("samples.png").read_bytes()[:4] == b"\x89PNG"
+    assert load_run("a b.h5")[1].epoch == 4  # type: ignore[union-attr]
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(["train", "--data", "images.h5", "--epochs", "2", "--json", *SMALL], capsys)
+    events = [json.loads(line) for line in out.splitlines()]
+    assert err == ""
+    assert [event["event"] for event in events] == ["epoch", "epoch", "end"]
+    _, record = load_run("run.h5")
+    assert record is not None
+    assert [event["valid_log_likelihood"] for event in events[:2]] == [r.valid_log_likelihood for r in record.history]
+    end = events[-1]
+    assert end["finished"]
+    assert end["best_valid_log_likelihood"] == record.best_valid_log_likelihood
+    assert (end["train"]["rows"], end["valid"]["rows"], end["test"]) == (200, 40, None)
+    d, mean = 12, end["valid"]["mean"]
+    assert end["valid"]["bits_per_dim"] == pytest.approx((d * np.log(256) - mean) / (d * np.log(2)))
+    assert (end["out"], end["state"]) == ("run.h5", "run.state.h5")
+
+
+def test_json_without_validation_has_no_nan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(["train", "--data", "table.h5", "--valid-fraction", "0", "--epochs", "1", "--json", *SMALL], capsys)
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    first, end = (json.loads(line, parse_constant=refuse) for line in out.splitlines())
+    assert first["valid_log_likelihood"] is None
+    assert end["valid"] is None
+    assert end["train"]["rows"] == 240
+
+
+def test_options_reach_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "train --data images.h5 --out x.h5 --preset tabular --epochs 1 --batch-size 10 --hidden 2x5,3 --couplings 2 "
+        "--prior gaussian --optimizer rmsprop --lr 0.002 --average 0.9 --rms-floor 0.02 --momentum-start 0.1 "
+        "--momentum-end 0.2 --momentum-epoch 3 --rate-decay 1.1 --rate-floor 0.0005 --patience 7 --valid-fraction 0.25 "
+        "--seed 18446744073709551615 --dtype float64 --range -1,1 --checkpoint-every 2h --device cpu --threads 1"
+    )
+    _, err = run(words.split(), capsys)
+    assert err.startswith("nicecp: warning: 2 coupling(s)")
+    settings = Settings.from_json(load_run("x.h5")[1].config["settings"])  # type: ignore[union-attr]
+    optimizer = settings.to_json()["optimizer"]
+    assert optimizer == {
+        "kind": "rmsprop",
+        "rate": 0.002,
+        "average": 0.9,
+        "floor": 0.02,
+        "momentum_start": 0.1,
+        "momentum_end": 0.2,
+        "momentum_epoch": 3,
+        "rate_decay": 1.1,
+        "rate_floor": 0.0005,
+    }
+    assert (settings.preset, settings.hidden, settings.couplings, settings.prior) == (
+        "tabular",
+        (5, 5, 3),
+        2,
+        "gaussian",
+    )
+    assert (settings.batch_size, settings.epochs, settings.patience) == (10, 1, 7)
+    assert (settings.valid_fraction, settings.seed, settings.dtype) == (0.25, 2**64 - 1, "float64")
+    assert settings.value_range == (-1.0, 1.0)
+    words = "train --data table.h5 --out y.h5 --epochs 1 --momentum 0.5 --beta2 0.1 --lam 0.9 --epsilon 0.001"
+    run([*words.split(), "--no-standardize", *SMALL], capsys)
+    flow, record = load_run("y.h5")
+    assert flow.preprocessing == ()
+    optimizer = record.config["settings"]["optimizer"]  # type: ignore[union-attr]
+    assert [optimizer[name] for name in ("momentum", "beta2", "lam", "epsilon")] == [0.5, 0.1, 0.9, 0.001]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30.0), ("5min", 300.0), ("2h", 7200.0), ("1.5", 90.0), (" .5 h ", 1800.0)]
+)
+def test_times(text: str, seconds: float) -> None:
+    from nicecp.cli.options import duration
+
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("1000,1000", (1000, 1000)), ("5x10", (10,) * 5), ("2x64, 32", (64, 64, 32)), ("none", ())]
+)
+def test_hidden_sizes(text: str, sizes: tuple[int, ...]) -> None:
+    from nicecp.cli.options import hidden_sizes
+
+    assert hidden_sizes(text) == sizes
+
+
+def test_constant_columns_only_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 3))
+    rows[:, 1] = 5.0
+    with h5py.File("constant.h5", "w") as file:
+        file["train"] = rows
+    assert main(["train", "--data", "constant.h5", *SMALL]) == 2
+    assert "--allow-constant" in capsys.readouterr().err
+    run(["train", "--data", "constant.h5", "--allow-constant", "--epochs", "1", *SMALL], capsys)
+
+
+def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(os.listdir())
+    words = ["train", "--data", "table.h5", "--hidden", "50,60", "--batch-size", "25", "--dry-run", "--epochs", "9"]
+    out, _ = run([*words, "--json"], capsys)
+    plan = json.loads(out)
+    per_coupling = 2 * 50 + 50 * 60 + 60 * 2
+    assert plan["n_parameters"] == 4 * (per_coupling + 50 + 60 + 2) + 4
+    assert plan["flops"] == 3 * 4 * 2 * 25 * per_coupling - 2 * 25 * 2 * 50
+    assert plan["parameter_bytes"] == 5 * 8 * plan["n_parameters"]
+    assert plan["memory_bytes"] > plan["parameter_bytes"] + 240 * 4 * 8
+    assert plan["steps_per_epoch"] == 8
+    assert plan["seconds"] == pytest.approx(9 * plan["seconds_per_epoch"])
+    assert plan["seconds_per_epoch"] > 8 * plan["seconds_per_step"] > 0
+    out, _ = run(words, capsys)
+    for text in ("parameters", "memory", "GFLOP", "9 epochs"):
+        assert text in out
+    assert sorted(os.listdir()) == before
+
+
+# --- a process of its own ---------------------------------------------------------------------------------------------
+
+
+def start(words: list[str], folder: Path, **given: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "nicecp", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, **given)
+
+
+EPOCHS, FOREVER = ["--epochs", "40"], ["--epochs", "1000000"]
+LONG = [
+    "train",
+    "--data",
+    "table.h5",
+    "--patience",
+    "1000000",
+    "--hidden",
+    "2x64",
+    "--batch-size",
+    "50",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The long run without interruption, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    with h5py.File(folder / "table.h5", "w") as file:
+        file["train"] = np.random.default_rng(0).normal(size=(3000, 4))
+    process = start(LONG + EPOCHS, folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("\nepoch ") == 40
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["int", "term", "hup"]
+)
+def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: int, code: int) -> None:
+    (tmp_path / "table.h5").write_bytes((whole / "table.h5").read_bytes())
+    process = start(LONG + EPOCHS, tmp_path)
+    assert process.stdout is not None
+    while "epoch 2/" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.05)  # somewhere within an epoch
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert "to go on: nicecp train --resume run.h5" in err
+    record, state = load_state(tmp_path / "run.state.h5")[1:]
+    assert 2 <= record.epoch < 40
+    process = start(["train", "--resume", "run.h5"], tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert f"resumed after {record.epoch} epochs and {int(state.state[2])} steps" in out
+    assert model_bytes(tmp_path / "run.h5") == model_bytes(whole / "run.h5")
+    process = start(["train", "--resume", "run.h5"], tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "is finished already (40 epochs)" in err
+
+
+def test_losing_the_reader_does_not_stop_training(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.h5").write_bytes((whole / "table.h5").read_bytes())
+    process = start([*LONG, "--epochs", "8"], tmp_path)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(60) == 0
+    assert load_run(tmp_path / "run.h5")[1].epoch == 8  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("columns", [0, 110])
+def test_a_bar_on_a_terminal(folder: Path, columns: int) -> None:
+    """Bar, interrupt by the terminal's Ctrl-C, exit code; also on a terminal that does not know its width."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(PYTHONPATH=str(ROOT), TERM="xterm")
+        os.execv(sys.executable, [sys.executable, "-m", "nicecp", *LONG, *FOREVER])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    seen, sent, end = b"", False, time.monotonic() + 60
+    try:
+        while time.monotonic() < end:
+            try:
+                piece = os.read(terminal, 65536)
+            except OSError:  # the other side has gone
+                break
+            seen += piece
+            if not sent and re.search(rb"valid -\d", seen):  # a validation has been shown
+                os.write(terminal, b"\x03")
+                sent = True
+    finally:
+        if time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        os.close(terminal)
+    text = seen.decode()
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert re.search(r"epoch \d+/1000000 +\|.*\| train \S+ valid -\S+ nats, [\d,]+ rows/s, .* left", text)
+    assert "stopped by SIGINT" in text
+    assert "epoch 1/1000000  train" not in text  # no plain lines beside the bar

@@ -1,0 +1,451 @@
+"""Runs: their files, resuming to the same bits, signals, what is refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from nicecp import run as run_module
+from nicecp.checkpoint import load, load_run, load_state, save_run, state_path
+from nicecp.errors import CheckpointError, DataError
+from nicecp.presets import Settings
+from nicecp.records import EpochRecord
+from nicecp.run import Run
+from nicecp.train import Callback, Trainer
+
+SMALL: dict[str, Any] = {"hidden": (6,), "couplings": 3, "batch_size": 32, "threads": 1, "seed": 4}
+TABLE_STEPS = 500 // 32  # of an epoch: 600 rows less a sixth
+
+
+def write_table(path: Path, seed: int = 0, rows: int = 600) -> str:
+    rng = np.random.default_rng(seed)
+    with h5py.File(path, "w") as file:
+        file["train"] = rng.normal(size=(rows, 5)) * [1, 2, 3, 4, 5]
+        file["test"] = rng.normal(size=(50, 5))
+    return str(path)
+
+
+def write_images(path: Path) -> str:
+    with h5py.File(path, "w") as file:
+        file["train"] = np.random.default_rng(1).integers(0, 256, (300, 4, 3), dtype=np.uint8)
+    return str(path)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    return write_table(tmp_path / "table.h5")
+
+
+class StopAt(Callback):
+    """Does something after so many steps (1 is the first)."""
+
+    def __init__(self, step: int, action: Callable[[Trainer], object]) -> None:
+        self.left, self.action = step, action
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.action(trainer)
+
+
+def model_bytes(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Every dataset under /model, by plain h5py."""
+    found: dict[str, bytes] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()].tobytes()
+
+    with h5py.File(path, "r") as file:
+        file["model"].visititems(collect)
+    assert len(found) == 2 * 3 * 2 + 1
+    return found
+
+
+def train(data: str, out: Path, callbacks: list[Callback] | None = None, **given: Any) -> Any:
+    with Run.start(data, out, **{**SMALL, "epochs": 3, **given}) as run:
+        return run.execute(callbacks or [])
+
+
+def go_on(out: Path, callbacks: list[Callback] | None = None, **given: Any) -> Any:
+    with Run.resume(out, **given) as run:
+        return run.execute(callbacks or [])
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    outcome = train(table, out, epochs=4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.state.h5", "table.h5"]
+    flow, record = load_run(out)
+    assert record is not None
+    assert [row.epoch for row in record.history] == [1, 2, 3, 4]
+    best = max(record.history, key=lambda row: row.valid_log_likelihood)
+    assert (record.best_epoch, record.best_valid_log_likelihood) == (best.epoch, best.valid_log_likelihood)
+    assert (record.epoch, record.seed, record.threads) == (4, 4, 1)
+    assert set(record.versions) == {"nicecp", "python", "numpy", "numba", "h5py", "blas"}
+    assert all(record.versions.values())
+    assert record.config["data"] == table
+    settings = Settings.from_json(record.config["settings"])
+    assert (settings.hidden, settings.epochs, settings.dtype) == ((6,), 4, "float64")
+    assert record.config["rows"]["valid"]["rows"] == 100
+    assert record.config["rows"]["train"]["fraction"] == "1/6"
+    assert len(flow.info.fingerprint) == 64
+    # The table's numbers, computed again by another way.
+    with h5py.File(table) as file:
+        log_prob = flow.log_prob(file["test"][()])
+    assert outcome.test.mean == pytest.approx(log_prob.mean(), rel=1e-12)
+    assert outcome.test.standard_error == pytest.approx(log_prob.std(ddof=1) / np.sqrt(50), rel=1e-12)
+    assert outcome.valid.mean == pytest.approx(best.valid_log_likelihood, rel=1e-12)
+    assert outcome.train.rows == 500
+    assert 0 < outcome.round_trip < 1e-11
+    assert outcome.finished
+
+
+def test_the_best_model_is_kept_not_the_last(table: str, tmp_path: Path) -> None:
+    """At this rate the last epoch is far from the best."""
+    out = tmp_path / "run.h5"
+    outcome = train(table, out, epochs=8, numbers={"rate": 0.2})
+    assert outcome.record.best_epoch < 8
+    last, _, state = load_state(state_path(out))
+    best = load(out)
+    name = "scaling/log_scale"
+    np.testing.assert_array_equal(best.parameters()[name], state.best_parameters[name])
+    assert not np.array_equal(best.parameters()[name], last.parameters()[name])
+
+
+def test_eight_bit_runs_record_their_kind(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    outcome = train(write_images(tmp_path / "images.h5"), out, epochs=1, value_range=(-1.0, 1.0))
+    flow = load(out)
+    assert (flow.info.image_shape, flow.dtype) == ((4, 3), np.float32)
+    assert flow.preprocessing[0].attrs() == {"low": -1.0, "high": 1.0, "levels": 256}
+    assert (outcome.train.rows, outcome.valid.rows, outcome.test) == (250, 50, None)
+    assert outcome.valid.bits_per_dim is not None
+
+
+def test_small_data_get_a_smaller_batch_unless_asked(tmp_path: Path) -> None:
+    data = write_table(tmp_path / "t.h5", rows=60)
+    given = {**SMALL, "batch_size": None}
+    with Run.start(data, None, **given) as run:
+        assert run.trainer.config.batch_size == 50
+    with pytest.raises(DataError, match="fewer than one batch of 51"):
+        Run.start(data, None, **{**SMALL, "batch_size": 51})
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 7, TABLE_STEPS, TABLE_STEPS + 1, 2 * TABLE_STEPS + 3])
+def test_resumed_is_uninterrupted(table: str, tmp_path: Path, step: int) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    train(table, whole)
+    outcome = train(table, parts, [StopAt(step, Trainer.request_stop)])
+    assert not outcome.finished
+    again = go_on(parts)
+    assert again.finished
+    assert model_bytes(parts) == model_bytes(whole)
+    first, second = load_run(whole)[1], load_run(parts)[1]
+    assert first is not None
+    assert second is not None
+    for one, other in zip(first.history, second.history, strict=True):
+        assert one.train_log_likelihood == other.train_log_likelihood
+        assert one.valid_log_likelihood == other.valid_log_likelihood
+
+
+def test_resumed_is_uninterrupted_with_noise_momentum_and_decay(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images.h5")
+    given: dict[str, Any] = {
+        "optimizer": "rmsprop",
+        "numbers": {"momentum_epoch": 1, "rate_decay": 1.01},
+        "dtype": "float32",
+        "epochs": 4,
+    }
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    train(data, whole, **given)
+    train(data, parts, [StopAt(4, Trainer.request_stop)], **given)
+    go_on(parts, [StopAt(9, Trainer.request_stop)])
+    assert go_on(parts).finished
+    assert model_bytes(parts) == model_bytes(whole)
+
+
+def test_a_checkpoint_made_on_the_way_is_enough(table: str, tmp_path: Path) -> None:
+    """What a killed process leaves: the files of its last checkpoint, in the middle of an epoch."""
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    train(table, whole)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+
+    with Run.start(table, parts, **{**SMALL, "epochs": 3}) as run:
+
+        def keep(trainer: Trainer) -> None:
+            run.save()
+            for path in (parts, Path(state_path(parts))):
+                shutil.copy(path, folder / path.name)
+
+        run.execute([StopAt(TABLE_STEPS + 5, keep)])
+    state = load_state(folder / "parts.state.h5")[1]
+    assert state.epoch == 1
+    go_on(folder / "parts.h5")
+    assert model_bytes(folder / "parts.h5") == model_bytes(whole)
+
+
+def test_no_checkpoint_before_its_time(table: str, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(2 * TABLE_STEPS, lambda trainer: seen.append(out.exists()))], checkpoint_every=1000.0)
+    assert seen == [False]
+
+
+def test_extending_a_finished_run(table: str, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    train(table, whole, epochs=5, numbers={"rate": 0.05})
+    train(table, parts, epochs=2, numbers={"rate": 0.05})
+    before = parts.read_bytes()
+    assert go_on(parts).finished
+    assert parts.read_bytes() == before  # finished: nothing to do
+    assert go_on(parts, epochs=5).record.epoch == 5
+    assert model_bytes(parts) == model_bytes(whole)
+    assert Settings.from_json(load_run(parts)[1].config["settings"]).epochs == 5  # type: ignore[union-attr]
+
+
+def test_extending_patience(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    first = train(table, out, epochs=50, patience=1, numbers={"rate": 0.3})
+    assert first.record.epoch == first.record.best_epoch + 1
+    second = go_on(out, patience=3)
+    assert second.record.epoch >= first.record.best_epoch + 3
+
+
+def test_the_state_file_may_be_named_and_a_lost_best_file_comes_back(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out)
+    kept = model_bytes(out)
+    out.unlink()
+    go_on(tmp_path / "run.state.h5")
+    assert model_bytes(out) == kept
+
+
+def test_resume_in_another_folder(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train("table.h5", Path("run.h5"), [StopAt(3, Trainer.request_stop)])
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    assert go_on(Path("../run.h5")).finished
+
+
+def test_resume_with_moved_and_with_changed_data(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(3, Trainer.request_stop)])
+    os.rename(table, tmp_path / "moved.h5")
+    with pytest.raises(DataError, match=r"table\.h5.*no such file"):
+        Run.resume(out)
+    other = write_table(tmp_path / "other.h5", seed=9)
+    with pytest.raises(DataError, match=r"other\.h5.*fingerprint"):
+        Run.resume(out, data=other)
+    assert go_on(out, data=str(tmp_path / "moved.h5")).finished
+
+
+def test_resume_refuses_other_validation_rows(table: str, tmp_path: Path) -> None:
+    """The training rows are the same numbers, but the file now has a validation set of its own."""
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(3, Trainer.request_stop)])
+    with h5py.File(table, "a") as file:
+        file["valid"] = np.zeros((10, 5))
+    with pytest.raises(DataError, match="rows are not those of the run"):
+        Run.resume(out)
+
+
+def test_resume_refuses_other_settings(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for given, words in (
+        ({"hidden": (7,)}, "hidden is 6 in the run, 7 was asked for"),
+        ({"numbers": {"rate": 0.5}}, "rate is"),
+        ({"prior": "gaussian"}, "prior is logistic"),
+        ({"seed": 5}, "seed is 4"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            Run.resume(out, **given)
+    with pytest.raises(CheckpointError, match=r"none\.h5.*no such run"):
+        Run.resume(tmp_path / "none.h5")
+    Path(state_path(out)).unlink()
+    with pytest.raises(CheckpointError, match=r"its state file .*run\.state\.h5' is not there"):
+        Run.resume(out)
+    assert (tmp_path / "run.h5").read_bytes() == before["run.h5"]
+
+
+def test_resume_of_a_file_without_settings(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out)
+    flow, record, state = load_state(state_path(out))
+    record.config = {"data": table}
+    from nicecp.checkpoint import save_state
+
+    save_state(state_path(out), flow, record, state)
+    with pytest.raises(CheckpointError, match="does not say with which settings"):
+        Run.resume(out)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_finish_the_step_and_save(table: str, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "run.h5"
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    outcome = train(table, out, [StopAt(5, lambda trainer: os.kill(os.getpid(), number))])
+    assert (outcome.finished, outcome.stopped_by) == (False, number)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    state = load_state(state_path(out))[2]
+    assert int(state.state[0]) == 5  # steps
+    assert go_on(out).finished
+
+
+def test_a_signal_during_the_last_validation_changes_nothing(table: str, tmp_path: Path) -> None:
+    class AtTheEnd(Callback):
+        def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+            if record.epoch == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = train(table, tmp_path / "run.h5", [AtTheEnd()])
+    assert outcome.finished
+    assert outcome.stopped_by is None
+    assert outcome.test is not None
+
+
+def test_a_second_interrupt_aborts_and_files_stay_whole(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(3, Trainer.request_stop)])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    replace = os.replace
+
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with Run.resume(out) as run, pytest.raises(KeyboardInterrupt):
+        run.execute([StopAt(2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))])
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert go_on(out).finished
+
+
+def test_ignored_signals_stay_ignored(table: str, tmp_path: Path) -> None:
+    """nohup"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        outcome = train(table, tmp_path / "run.h5", [StopAt(3, lambda trainer: os.kill(os.getpid(), signal.SIGHUP))])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert outcome.finished
+
+
+def test_another_thread_may_train(table: str, tmp_path: Path) -> None:
+    outcomes: list[Any] = []
+    thread = threading.Thread(target=lambda: outcomes.append(train(table, tmp_path / "run.h5", epochs=1)))
+    thread.start()
+    thread.join(60)
+    assert outcomes[0].finished
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_checkpoint_on_the_way_is_a_warning(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def fails_once(path: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise CheckpointError(f"{path!r}: no space; free some space")
+        save_run(path, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "save_run", fails_once)
+    out = tmp_path / "run.h5"
+    with caplog.at_level(logging.WARNING, "nicecp"):
+        outcome = train(table, out, epochs=1, checkpoint_every=1e-9)
+    assert outcome.finished
+    assert "no space" in caplog.text
+    assert [event.kind for event in load_run(out)[1].events] == ["not saved"]  # type: ignore[union-attr]
+
+
+def test_a_failure_at_the_end_is_an_error(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Any, *args: Any, **kwargs: Any) -> None:
+        raise CheckpointError("no space")
+
+    monkeypatch.setattr(run_module, "save_run", fails)
+    with pytest.raises(CheckpointError, match="no space"):
+        train(table, tmp_path / "run.h5", epochs=1)
+
+
+def test_existing_outputs(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    out.write_text("precious")
+    with pytest.raises(CheckpointError, match=r"run\.h5.*already exists.*--overwrite"):
+        Run.start("no-such-data.h5", out)  # before the data are looked at
+    assert out.read_text() == "precious"
+    train(table, out, epochs=1, overwrite=True)
+    assert load(out).n_features == 5
+    out.unlink()
+    with pytest.raises(CheckpointError, match=r"run\.state\.h5.*already exists"):
+        train(table, out)
+
+
+@pytest.mark.parametrize("name", ["", "no/such/run.h5", "folder", "table.h5", "link.h5"])
+def test_outputs_that_will_not_do(table: str, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.h5").symlink_to("table.h5")
+    before = Path(table).read_bytes()
+    for spec in ("table.h5", "table.h5:/train"):
+        with pytest.raises(CheckpointError):
+            Run.start(spec, name, overwrite=True, **SMALL)
+    assert Path(table).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_too_large_a_model_is_refused_at_once(table: str, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError, match="parameters needs"):
+        Run.start(table, tmp_path / "run.h5", **{**SMALL, "hidden": (10**6,) * 9})
+
+
+def test_progress(table: str, tmp_path: Path) -> None:
+    seen = []
+    with Run.start(table, tmp_path / "run.h5", **{**SMALL, "epochs": 2}) as run:
+        run.execute([StopAt(TABLE_STEPS + 3, lambda trainer: seen.append(run.progress()))])
+        first = run.trainer.record.history[0]
+    (progress,) = seen
+    assert (progress.epoch, progress.epochs) == (2, 2)
+    assert progress.fraction == pytest.approx((TABLE_STEPS + 3) / (2 * TABLE_STEPS))
+    assert progress.valid_log_likelihood == first.valid_log_likelihood
+    assert progress.train_log_likelihood == pytest.approx(first.train_log_likelihood, abs=3.0)
+    assert progress.rows_per_second > 0
+    left = (TABLE_STEPS - 3) * 32 / progress.rows_per_second
+    assert progress.seconds_left == pytest.approx(left, rel=1e-9)
+
+
+def test_patience_without_validation_is_noticed(table: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "nicecp"), Run.start(table, None, valid_fraction=0.0, patience=3, **SMALL):
+        pass
+    assert "patience has no effect" in caplog.text
