@@ -19,6 +19,11 @@ _UPDATE_GRAIN = 16384  # elements, a multiple of the alignment; for fewer a seco
 _LOAD_GRAIN = 16  # rows
 
 
+def _fill_grain(out: Array) -> int:
+    """Rows of a slice worth a thread: some 2^15 numbers."""
+    return max(1, 2**15 // max(1, out.shape[1]))
+
+
 def available_threads() -> int:
     """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -207,10 +212,25 @@ class NumbaBackend(Backend):
     # --- random numbers ---------------------------------------------------------------------------
 
     def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        random.fill_uniform(out, np.uint64(seed), purpose, epoch, first_row)
+        key = np.uint64(seed)
+        self._pool.run(
+            lambda a, b: random.fill_uniform(out[a:b], key, purpose, epoch, first_row + a),
+            0,
+            len(out),
+            _fill_grain(out),
+        )
 
     def fill_normal(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        random.fill_normal(out, np.uint64(seed), purpose, epoch, first_row)
+        key = np.uint64(seed)
+        self._pool.run(
+            lambda a, b: random.fill_normal(out[a:b], key, purpose, epoch, first_row + a), 0, len(out), _fill_grain(out)
+        )
 
     def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        random.fill_logistic(out, np.uint64(seed), purpose, epoch, first_row)
+        key = np.uint64(seed)
+        self._pool.run(
+            lambda a, b: random.fill_logistic(out[a:b], key, purpose, epoch, first_row + a),
+            0,
+            len(out),
+            _fill_grain(out),
+        )

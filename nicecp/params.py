@@ -100,35 +100,37 @@ class Layout:
         for name, shape in shapes.items():
             if np.shape(named[name]) != shape:
                 raise ValueError(f"parameter {name}: expected shape {shape}, got {np.shape(named[name])}")
-        host = np.zeros(self.size, self.spec.dtype)
-        views = self.views(host)
+        views = self.views(flat)
         for k, layers in enumerate(views.couplings):
             for j, (weight, bias) in enumerate(layers):
-                weight[...] = named[f"couplings/{k}/layers/{j}/weight"]
-                bias[...] = named[f"couplings/{k}/layers/{j}/bias"]
-        views.scaling[0][...] = named["scaling/log_scale"][0::2]
-        views.scaling[1][...] = named["scaling/log_scale"][1::2]
-        backend.copy_in(flat, host)
+                backend.copy_in(weight, named[f"couplings/{k}/layers/{j}/weight"])
+                backend.copy_in(bias, named[f"couplings/{k}/layers/{j}/bias"])
+        for part, log_scale in enumerate(views.scaling):
+            backend.copy_in(log_scale, named["scaling/log_scale"][part::2])
 
 
 def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) -> Parameters:
-    """Named float64 initial values; biases and log-scale are 0.
+    """Named initial values in the flow's dtype; biases and log-scale are 0.
 
     init "paper": every weight uniform in [-0.01, 0.01), as in the authors' configuration files. init "he": weights of
     hidden layers uniform in +-sqrt(6 / fan_in) (He et al. 2015), which small networks on tables train from faster; the
-    last layer of each network as "paper", so that a fresh flow is close to the identity either way.
+    last layer of each network as "paper", so that a fresh flow is close to the identity either way. Drawn in float64,
+    so that flows of both dtypes start from the same values up to rounding.
     """
     if init not in ("paper", "he"):
         raise ValueError(f"unknown init {init!r}: expected 'paper' or 'he'")
-    named: Parameters = {name: np.zeros(shape) for name, shape in spec.parameter_shapes().items()}
+    named: Parameters = {name: np.zeros(shape, spec.dtype) for name, shape in spec.parameter_shapes().items()}
     number = 0
     for k, coupling in enumerate(spec.couplings):
         for j in range(len(coupling.hidden) + 1):
             weight = named[f"couplings/{k}/layers/{j}/weight"]
             hidden = init == "he" and j < len(coupling.hidden)
             bound = float(np.sqrt(6.0 / weight.shape[0])) if hidden else 0.01
-            backend.fill_uniform(weight, seed, Purpose.INIT, number)
-            weight *= 2.0 * bound
-            weight -= bound
+            draw = backend.alloc(weight.shape, np.float64)
+            backend.fill_uniform(draw, seed, Purpose.INIT, number)
+            uniform = backend.copy_out(draw)
+            uniform *= 2.0 * bound
+            uniform -= bound
+            weight[...] = uniform
             number += 1
     return named
