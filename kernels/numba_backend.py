@@ -21,7 +21,7 @@ _LOAD_GRAIN = 16  # rows
 
 def _fill_grain(out: Array) -> int:
     """Rows of a slice worth a thread: some 2^15 numbers."""
-    return max(1, 2**15 // max(1, out.shape[1]))
+    return max(1, 2**15 // max(1, int(out.shape[1])))
 
 
 def available_threads() -> int:
