@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -85,6 +86,13 @@ class Output:
             sys.stdout.flush()
         except OSError:
             self._open = False
+            abandon_stdout()
+
+
+def abandon_stdout() -> None:
+    """Send what is still buffered nowhere: Python flushes once more at exit, and would complain."""
+    with contextlib.suppress(OSError, ValueError):  # there may be no real file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -5,7 +5,6 @@ Commands are imported when they are called, so that `nicecp --help` stays quick.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import click
 
 from nicecp import __version__
-from nicecp.cli.console import messages
+from nicecp.cli.console import abandon_stdout, messages, note
 from nicecp.cli.options import debug_option
 from nicecp.errors import NicecpError
 
@@ -101,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """Print an error as one line -> the exit code."""
     if isinstance(error, BrokenPipeError):
-        # Whoever read our output has gone. Python flushes standard output once more at exit: give it somewhere to go.
-        with contextlib.suppress(OSError, ValueError):  # there may be no real file behind it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()  # whoever read our output has gone
         return BROKEN_PIPE
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message())
@@ -131,5 +128,5 @@ def _sentence(message: str) -> str:
 
 
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
-    click.echo(f"nicecp: error: {' '.join(message.split())}", err=True)
+    note(f"nicecp: error: {' '.join(message.split())}")
     return code

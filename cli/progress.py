@@ -31,11 +31,12 @@ class Display(Callback):
         if _is_terminal(sys.stderr) and (as_json or _is_terminal(sys.stdout)):
             from tqdm import tqdm
 
+            tqdm.monitor_interval = 0  # its thread would repaint a bar that we repaint ourselves
             # Our own figures, since tqdm's know neither validation nor what an earlier process did; they stand where
             # the unit would, because tqdm puts a comma before a postfix.
             form = "{desc} |{bar}| {unit}"
-            width = {"dynamic_ncols": True} if _columns(sys.stderr) else {"ncols": 80}
-            self._bar = tqdm(total=_STEPS, bar_format=form, file=sys.stderr, leave=False, **width)
+            size = {"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80, "nrows": 24}
+            self._bar = tqdm(total=_STEPS, bar_format=form, file=sys.stderr, leave=False, **size)
             self._bar.set_description_str(f"epoch {min(run.trainer.record.epoch + 1, run.settings.epochs)}", False)
             self._show("starting")
             around_line.append(self._above)
@@ -113,12 +114,12 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _columns(stream: Any) -> int:
-    """The terminal's width; 0 where it does not know (tqdm would show nothing)."""
+def _has_size(stream: Any) -> bool:
+    """Whether the terminal knows its size; tqdm would show nothing on one of 0 rows or columns."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns
+        return min(os.get_terminal_size(stream.fileno())) > 0
     except (OSError, ValueError):
-        return 0
+        return False
 
 
 def _nats(value: float) -> str:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -303,32 +304,53 @@ def test_losing_the_reader_does_not_stop_training(whole: Path, tmp_path: Path) -
     assert load_run(tmp_path / "run.h5")[1].epoch == 8  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("columns", [0, 110])
-def test_a_bar_on_a_terminal(folder: Path, columns: int) -> None:
-    """Bar, interrupt by the terminal's Ctrl-C, exit code; also on a terminal that does not know its width."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(PYTHONPATH=str(ROOT), TERM="xterm")
-        os.execv(sys.executable, [sys.executable, "-m", "nicecp", *LONG, *FOREVER])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    seen, sent, end = b"", False, time.monotonic() + 60
-    try:
-        while time.monotonic() < end:
+class Terminal:
+    """The command on a terminal of its own; killed when the test is over."""
+
+    def __init__(self, words: list[str], rows: int, columns: int) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(PYTHONPATH=str(ROOT), TERM="xterm")
+            os.execv(sys.executable, [sys.executable, "-m", "nicecp", *words])
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.seen = b""
+        self._timer = threading.Timer(60, os.kill, (self.pid, signal.SIGKILL))
+        self._timer.start()
+
+    def read_until(self, pattern: bytes | None) -> None:
+        """To the first match, or to the end."""
+        while pattern is None or not re.search(pattern, self.seen):
             try:
-                piece = os.read(terminal, 65536)
+                piece = os.read(self.fd, 65536)
             except OSError:  # the other side has gone
                 break
-            seen += piece
-            if not sent and re.search(rb"valid -\d", seen):  # a validation has been shown
-                os.write(terminal, b"\x03")
-                sent = True
-    finally:
-        if time.monotonic() >= end:
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(terminal)
-    text = seen.decode()
-    assert os.waitstatus_to_exitcode(status) == 130
+            self.seen += piece
+
+    def exit_code(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        self._timer.cancel()
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_a_terminal_that_is_closed(folder: Path) -> None:
+    """The shell's SIGHUP comes with a terminal that cannot be written any more: the run is saved all the same."""
+    terminal = Terminal(LONG + FOREVER, 24, 100)
+    terminal.read_until(rb"valid -\d")
+    os.close(terminal.fd)
+    assert terminal.exit_code() == 129
+    assert load_state("run.state.h5")[1].epoch > 0
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (24, 110)])
+def test_a_bar_on_a_terminal(folder: Path, rows: int, columns: int) -> None:
+    """Bar, interrupt by the terminal's Ctrl-C, exit code; also on a terminal that does not know its size."""
+    terminal = Terminal(LONG + FOREVER, rows, columns)
+    terminal.read_until(rb"valid -\d")  # a validation has been shown
+    os.write(terminal.fd, b"\x03")
+    terminal.read_until(None)
+    assert terminal.exit_code() == 130
+    os.close(terminal.fd)
+    text = terminal.seen.decode()
     assert re.search(r"epoch \d+/1000000 +\|.*\| train \S+ valid -\S+ nats, [\d,]+ rows/s, .* left", text)
     assert "stopped by SIGINT" in text
     assert "epoch 1/1000000  train" not in text  # no plain lines beside the bar
