@@ -12,10 +12,12 @@ import numpy as np
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 
-_STEP, _RATE, _MOMENTUM, _SQUARE_DECAY = Slot.STEP, Slot.RATE, Slot.MOMENTUM, Slot.SQUARE_DECAY
-_LAMBDA, _EPSILON, _LOSS, _LOG_PROB_SUM = Slot.LAMBDA, Slot.EPSILON, Slot.LOSS, Slot.LOG_PROB_SUM
-_WEIGHT_SUM, _SKIP, _CURSOR = Slot.WEIGHT_SUM, Slot.SKIP, Slot.CURSOR
-_LOSS_RING, _RING_SIZE = Slot.LOSS_RING, Slot.RING_SIZE
+# Written out, not taken from Slot: Numba compiles numbers in, and its cache notices a change in this file alone.
+_STEP, _CURSOR, _RATE, _LOSS, _LOG_PROB_SUM, _WEIGHT_SUM, _SKIP = 0, 2, 3, 4, 5, 6, 7
+_MOMENTUM, _SQUARE_DECAY, _LAMBDA, _EPSILON, _LOSS_RING, _RING_SIZE = 11, 12, 13, 14, 32, 32
+_NAMES = "STEP CURSOR RATE LOSS LOG_PROB_SUM WEIGHT_SUM SKIP MOMENTUM SQUARE_DECAY LAMBDA EPSILON LOSS_RING RING_SIZE"
+if any(globals()["_" + name] != getattr(Slot, name) for name in _NAMES.split()):
+    raise AssertionError("the slots of kernels/backend.py changed: change the numbers in kernels/_numba_layers.py too")
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,47 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
+class _BlasThreads:
+    """BLAS has one number of threads for the process: the first call in saves it, the last one out restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._controller: Any = None
+        self._saved: Any = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    @contextmanager
+    def limit(self, threads: int) -> Iterator[None]:
+        with self._lock:
+            if self._controller is None:
+                from threadpoolctl import ThreadpoolController
+
+                self._controller = ThreadpoolController()
+            limiter = self._controller.limit(limits=threads, user_api="blas")
+            if self._inside == 0:
+                self._saved = limiter
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._saved.restore_original_limits()
+
+    def _after_fork(self) -> None:
+        """The threads that were inside, and perhaps held the lock, stayed in the parent."""
+        self._lock = threading.Lock()
+        if self._inside:
+            self._inside = 0
+            self._saved.restore_original_limits()
+
+
+_blas_threads = _BlasThreads()
+
+
 class NumbaBackend(Backend):
     """See Backend.  threads=None: slices use all CPUs of the process, BLAS keeps its own setting."""
 
@@ -43,7 +85,6 @@ class NumbaBackend(Backend):
         self.blas_threads = threads
         self.threads = threads if threads is not None else available_threads()
         self._pool = SlicePool(self.threads)
-        self._blas: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NumbaBackend, (self.blas_threads,)
@@ -69,17 +110,8 @@ class NumbaBackend(Backend):
     def copy_out(self, src: Array) -> NDArray[Any]:
         return np.array(src)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        if self.blas_threads is None:
-            yield
-            return
-        if self._blas is None:
-            from threadpoolctl import ThreadpoolController
-
-            self._blas = ThreadpoolController()
-        with self._blas.limit(limits=self.blas_threads, user_api="blas"):
-            yield
+    def computing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.blas_threads is None else _blas_threads.limit(self.blas_threads)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         return step

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 _pools: weakref.WeakSet[SlicePool] = weakref.WeakSet()
@@ -34,7 +34,10 @@ class SlicePool:
             self._executor = ThreadPoolExecutor(self.threads - 1, thread_name_prefix="nicecp")
         edges = [min(start + units * part // parts * grain, stop) for part in range(parts + 1)]
         waiting = [self._executor.submit(function, edges[part], edges[part + 1]) for part in range(1, parts)]
-        function(edges[0], edges[1])
+        try:
+            function(edges[0], edges[1])
+        finally:
+            wait(waiting)  # whatever happens here, nobody writes to the arrays after we have left
         for future in waiting:
             future.result()
 

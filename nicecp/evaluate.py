@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.errors import DataError, about_file
 from nicecp.flow import NICE
@@ -15,6 +16,7 @@ from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.split import SequentialReader, Split
 
 BATCH = 1000  # rows
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,18 @@ class Evaluation:
     bits_per_dim: float | None
 
 
-def loading(steps: tuple[Step, ...], n_features: int) -> tuple[np.ndarray, np.ndarray]:
+def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, FloatArray]:
     """shift, scale : (d,) float64 with which load_batch carries out the preprocessing (see kernels/backend.py)."""
-    shift, scale = np.zeros(n_features), np.ones(n_features)
-    for step in steps:
-        if isinstance(step, Dequantize):
-            shift, scale = shift + step.low, scale * (step.high - step.low)
+    shift, scale, eight_bit = np.zeros(n_features), np.ones(n_features), False
+    for position, step in enumerate(steps):
+        if isinstance(step, Dequantize) and position == 0:
+            shift, scale, eight_bit = shift + step.low, scale * (step.high - step.low), True
         elif isinstance(step, Standardize):
-            shift, scale = step.mean, 1.0 / step.std
+            # 8-bit values are scaled and then shifted, floats shifted and then scaled
+            shift = (shift - step.mean) / step.std if eight_bit else shift + step.mean / scale
+            scale = scale / step.std
         else:
-            raise ValueError(f"preprocessing step {step.kind!r} cannot be loaded by rows")
+            raise ValueError(f"preprocessing step {step.kind!r} cannot be loaded by rows at position {position}")
     return shift, scale
 
 
@@ -46,17 +50,23 @@ def log_det(steps: tuple[Step, ...]) -> float:
     return sum(step.log_det for step in steps)
 
 
-def check_fits(flow: NICE, split: Split) -> None:
-    """DataError unless the split holds rows that this flow can score."""
+def check_width(flow: NICE, split: Split) -> None:
+    """DataError unless the split has as many columns as the flow has features."""
     source = split.source
     if source.n_features != flow.n_features:
         raise DataError(
             about_file(
                 source.name,
-                f"{source.n_features} columns, but the flow was trained on {flow.n_features}",
+                f"{source.n_features} columns, but the flow has {flow.n_features} features",
                 "use data of the same kind, or train a new flow",
             )
         )
+
+
+def check_fits(flow: NICE, split: Split) -> None:
+    """DataError unless the split holds rows that this flow can score."""
+    check_width(flow, split)
+    source = split.source
     wants_bytes = any(isinstance(step, Dequantize) for step in flow.preprocessing)
     if wants_bytes != source.is_image8:
         has, wants = ("8-bit", "float") if source.is_image8 else (str(source.dtype), "8-bit")
@@ -78,7 +88,7 @@ class Evaluator:
         self._state = backend.alloc(Slot.SIZE, np.float64)
         self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
 
-    def row_log_probs(self, views: Views, seed: int, epoch: int) -> np.ndarray:
+    def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
         backend, ws = self.flow.backend, self._ws
         out = np.empty(len(self.split), np.float64)
@@ -93,17 +103,33 @@ class Evaluator:
                 backend.load_batch(
                     *ws.x, ws.weight, data, index, rows, self._shift, self._scale, self._state, seed, self.split.purpose
                 )
-                self.flow.network.forward(ws, views)
+                with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the result
+                    self.flow.network.forward(ws, views)
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
         return out
 
     def run(self, views: Views, seed: int, epoch: int) -> Evaluation:
-        """Evaluate with the parameters in ``views``; noise is keyed by (seed, row, epoch)."""
+        """Evaluate with the parameters in ``views``; noise is keyed by (seed, row, epoch). An overflow gives NaN."""
+        return self._summary(self.row_log_probs(views, seed, epoch))
+
+    def run_checked(self, views: Views, seed: int, epoch: int) -> Evaluation:
+        """As run; DataError that names the first row where the flow overflows."""
         values = self.row_log_probs(views, seed, epoch)
-        n, mean = len(values), float(np.mean(values))
-        error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        bad = np.flatnonzero(np.isnan(values))
+        if len(bad):
+            position = int(bad[0])
+            block = int(np.searchsorted(self.split.bounds, position, side="right")) - 1
+            row = int(self.split.rows_of_block(block)[position - int(self.split.bounds[block])])
+            problem = f"the log-density of row {row} is not a number: the flow overflows there"
+            raise DataError(about_file(self.split.source.name, problem, "look at this row, or train a new flow"))
+        return self._summary(values)
+
+    def _summary(self, values: FloatArray) -> Evaluation:
+        with np.errstate(over="ignore", invalid="ignore"):
+            n, mean = len(values), float(np.mean(values))
+            error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
         return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean))
 
 
@@ -118,8 +144,8 @@ def bits_per_dim(flow: NICE, mean: float) -> float | None:
 def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0) -> Evaluation:
     """Mean log-likelihood of a split under a flow.
 
-    Raises DataError where the data do not fit the flow.
+    Raises DataError where the data do not fit the flow, or where a row's log-density is not a number.
     """
     evaluator = Evaluator(flow, split)
     with flow.backend.computing():
-        return evaluator.run(flow.network.layout.views(flow.flat), seed, epoch)
+        return evaluator.run_checked(flow.network.layout.views(flow.flat), seed, epoch)

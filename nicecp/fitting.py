@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.data import check_constant, column_stats, open_splits
+from nicecp.evaluate import check_fits, check_width
 from nicecp.flow import NICE
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.preprocessing import Dequantize, Standardize, Step
@@ -66,8 +68,9 @@ def fit(
     ----------
     flow : NICE
     data : (n, d) array, or a path "FILE.h5" or "FILE.h5:/dataset"
-        uint8 is dequantized into ``value_range``; floats are standardised. A file's dataset ``valid`` validates;
-        without one ``valid_fraction`` of the rows does: the last ones of images, keyed random ones of tables.
+        uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
+        A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
+        keyed random ones of tables.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
     patience : int or None
@@ -86,9 +89,15 @@ def fit(
     TrainingError
         No finite loss.
     """
-    splits = open_splits(data, valid_fraction=valid_fraction, seed=seed)
-    steps = preprocessing_for(splits.train, value_range, standardize, allow_constant)
-    flow.prepare(steps, splits.train.source.info, splits.train.source.is_image8)
-    batch_size = min(batch_size, max(1, len(splits.train)))
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
-    return Trainer(flow, splits.train, splits.valid, config, callbacks).run()
+    with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
+        train = splits.train
+        check_width(flow, train)
+        steps = flow.preprocessing
+        if steps:
+            check_fits(flow, train)
+        else:
+            steps = preprocessing_for(train, value_range, standardize, allow_constant)
+        flow.prepare(steps, train.source.info, train.source.is_image8)
+        config = replace(config, batch_size=min(batch_size, max(1, len(train))))
+        return Trainer(flow, train, splits.valid, config, callbacks).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
 
-CHUNK = 1024  # rows at a time: bounds a call's memory; small enough that activations stay in cache
+CHUNK = 1024  # rows at a time: bounds what a call needs beside its result; activations stay in cache
 FloatArray = NDArray[np.float64]
 
 
@@ -68,8 +69,9 @@ class NICE:
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
-        couplings = alternating(tuple(int(size) for size in hidden), int(n_couplings))
-        spec = ModelSpec(int(n_features), couplings, prior, "float64" if dtype == "auto" else dtype)
+        sizes = tuple(operator.index(size) for size in hidden)
+        couplings = alternating(sizes, operator.index(n_couplings))
+        spec = ModelSpec(operator.index(n_features), couplings, prior, "float64" if dtype == "auto" else dtype)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = dtype == "auto"
 
@@ -178,25 +180,25 @@ class NICE:
         """
         self._refuse_context(context)
         rows, shape = self._rows(x)
-        out = np.empty(rows.shape[0], np.float64)
+        out = np.empty(len(rows), np.float64)
 
         def score(ws: Workspace, at: slice) -> None:
             self.network.forward(ws, self._views)
             out[at] = self.backend.copy_out(ws.logp)
 
-        z, log_det, bad = self._to_inputs(rows)
-        self._run(score, z)
-        out += log_det
-        if np.isnan(out[~bad]).any():
-            first = int(np.flatnonzero(np.isnan(out) & ~bad)[0])
-            raise FloatingPointError(f"log_prob of row {first} is not a number though the row is finite")
+        bad = self._run(score, rows)
+        out += self._preprocessing_log_det
+        self._refuse_overflow(np.isnan(out) & ~bad, "log_prob")
         out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
         if shape == ():
             return float(out[0])
         return out.reshape(shape).astype(dtype, copy=False)
 
     def grad_log_prob(self, x: ArrayLike, context: None = None) -> FloatArray:
-        """d log p / d x in nats per unit of x: (..., d) -> (..., d) float64. Rows that are not finite give NaN."""
+        """d log p / d x in nats per unit of x: (..., d) -> (..., d) float64. Rows that are not finite give NaN.
+
+        Raises as log_prob.
+        """
         self._refuse_context(context)
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
@@ -206,12 +208,13 @@ class NICE:
             self.backend.copy_in(ws.dlogp, np.ones(ws.n))
             self.network.backward(ws, self._views, None, want_dx=True)
             assert ws.dx is not None
-            out[at] = self._joined(ws.dx, ws.n)
+            gradient = self._joined(ws.dx, ws.n).astype(np.float64, copy=False)
+            for step in reversed(self.preprocessing):
+                gradient = step.backward(gradient)
+            out[at] = gradient
 
-        z, _, bad = self._to_inputs(rows)
-        self._run(differentiate, z, keep=True)
-        for step in reversed(self.preprocessing):
-            out = step.backward(out)
+        bad = self._run(differentiate, rows, keep=True)
+        self._refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
         out[bad] = np.nan
         return out.reshape(*shape, self.n_features)
 
@@ -221,8 +224,8 @@ class NICE:
         x : (n, d) finite. For gradient checks and small fits; training runs the same network in place.
         """
         rows, _ = self._rows(x)
-        z, log_det, bad = self._to_inputs(rows)
-        if bad.any() or rows.shape[0] == 0:
+        z, bad = self._to_inputs(np.asarray(rows, np.float64))
+        if bad.any() or len(rows) == 0:
             raise ValueError("loss_and_gradients needs at least one row, all finite")
         n = rows.shape[0]
         ws = self.network.workspace(n, keep=True)
@@ -232,7 +235,7 @@ class NICE:
             self.network.forward(ws, self._views)
             self.backend.copy_in(ws.dlogp, np.full(n, -1.0 / n))
             self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
-        loss = -float(self.backend.copy_out(ws.logp).mean()) - log_det
+        loss = -float(self.backend.copy_out(ws.logp).mean()) - self._preprocessing_log_det
         return loss, self.network.layout.to_host(self.backend, flat)
 
     # --- the bijection ----------------------------------------------------------------------------
@@ -246,26 +249,28 @@ class NICE:
             self.network.forward(ws, self._views)
             out[at] = self._joined(ws.h, ws.n)
 
-        z, log_det, bad = self._to_inputs(rows)
-        self._run(transform, z)
-        out[bad] = np.nan
-        return self._with_log_det(out, shape, self.network.log_det(self._views) + log_det)
+        out[self._run(transform, rows)] = np.nan
+        return self._with_log_det(out, shape, self.network.log_det(self._views) + self._preprocessing_log_det)
 
     def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape = self._rows(h, integers=True)
         out = np.empty(rows.shape, np.float64)
-
-        def transform(ws: Workspace, at: slice) -> None:
-            self.network.inverse(ws, self._views)
-            out[at] = self._joined(ws.x, ws.n)
-
-        self._run(transform, rows)
-        log_det = -self.network.log_det(self._views)
-        for step in reversed(self.preprocessing):
-            out = step.inverse(out)
-            log_det -= step.log_det
+        for start in range(0, len(rows), CHUNK):
+            self._invert(out[start : start + CHUNK], np.asarray(rows[start : start + CHUNK], np.float64))
+        log_det = -self.network.log_det(self._views) - self._preprocessing_log_det
         return self._with_log_det(out, shape, log_det)
+
+    def _invert(self, out: FloatArray, h: FloatArray) -> None:
+        """h : (n, d) -> out : (n, d) in data space, one chunk."""
+        ws = self.network.workspace(len(h), keep=False)
+        with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
+            self._load(ws, h)
+            self.network.inverse(ws, self._views)
+            x = self._joined(ws.x, ws.n).astype(np.float64, copy=False)
+            for step in reversed(self.preprocessing):
+                x = step.inverse(x)
+        out[...] = x
 
     def sample(self, n: int, rng: int | np.random.Generator | None = None) -> FloatArray:
         """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
@@ -273,18 +278,23 @@ class NICE:
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
         one); a Generator gives that seed; None takes one from the operating system.
         """
+        n = operator.index(n)
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         if isinstance(rng, np.random.Generator):
             seed = int(rng.integers(0, 2**64, dtype=np.uint64, endpoint=False))
         else:
-            seed = secrets.randbits(64) if rng is None else int(rng)
+            seed = secrets.randbits(64) if rng is None else operator.index(rng)
         if not 0 <= seed < 2**64:
             raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
-        h = self.backend.alloc((n, self.n_features), np.float64)
-        fill(h, seed, Purpose.SAMPLE, 0)
-        return self.inverse(self.backend.copy_out(h))[0]
+        out = np.empty((n, self.n_features), np.float64)
+        for start in range(0, n, CHUNK):
+            part = out[start : start + CHUNK]
+            h = self.backend.alloc(part.shape, np.float64)
+            fill(h, seed, Purpose.SAMPLE, 0, start)
+            self._invert(part, self.backend.copy_out(h))
+        return out
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -301,8 +311,10 @@ class NICE:
         if context is not None:
             raise ValueError("this flow has no context (n_context = 0): leave context out")
 
-    def _rows(self, x: ArrayLike, integers: bool = False) -> tuple[FloatArray, tuple[int, ...]]:
-        """x : (..., d) -> (n, d) float64 rows and the leading shape."""
+    def _rows(self, x: ArrayLike, integers: bool = False) -> tuple[NDArray[Any], tuple[int, ...]]:
+        """x : (..., d) -> (n, d) rows as they are, and the leading shape."""
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError("expected a plain array, got a masked one: fill or drop the masked values first")
         array = np.asarray(x)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"expected real numbers, got an array of dtype {array.dtype}")
@@ -314,35 +326,49 @@ class NICE:
             )
         if array.ndim == 0 or array.shape[-1] != self.n_features:
             raise ValueError(f"expected an array of shape (..., {self.n_features}), got {array.shape}")
-        shape = array.shape[:-1]
-        return np.ascontiguousarray(array.reshape(-1, self.n_features), dtype=np.float64), shape
+        return array.reshape(-1, self.n_features), array.shape[:-1]
 
-    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, float, NDArray[np.bool_]]:
-        """Data rows -> the network's inputs, the preprocessing's log-det, and which rows are not finite (zeroed)."""
-        z, log_det = rows, 0.0
-        for step in self.preprocessing:
-            z = step.forward(z)
-            log_det += step.log_det
-        with np.errstate(over="ignore"):
+    @property
+    def _preprocessing_log_det(self) -> float:
+        return sum(step.log_det for step in self.preprocessing)
+
+    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Data rows -> the network's inputs, and which rows are not finite (zeroed)."""
+        z = rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            for step in self.preprocessing:
+                z = step.forward(z)
             bad = ~np.isfinite(z.astype(self.dtype, copy=False)).all(axis=1)
         if bad.any():
             z = np.where(bad[:, None], 0.0, z)
-        return z, log_det, bad
+        return z, bad
+
+    def _refuse_overflow(self, rows: NDArray[np.bool_], what: str) -> None:
+        """A row that is finite and comes out as NaN is a mistake somewhere; -inf would hide it."""
+        if rows.any():
+            raise FloatingPointError(
+                f"{what} of row {int(np.argmax(rows))} is not a number though the row is: the flow overflows there"
+            )
 
     def _load(self, ws: Workspace, z: FloatArray) -> None:
         self.backend.copy_in(ws.x[0], z[:, 0::2])
         self.backend.copy_in(ws.x[1], z[:, 1::2])
 
-    def _run(self, handle: Callable[[Workspace, slice], None], z: FloatArray, keep: bool = False) -> None:
-        """Rows in chunks through a workspace of their own."""
+    def _run(
+        self, handle: Callable[[Workspace, slice], None], rows: NDArray[Any], keep: bool = False
+    ) -> NDArray[np.bool_]:
+        """Preprocess rows in chunks and hand them over in a workspace -> (n,) which of them are not finite."""
+        bad = np.empty(len(rows), np.bool_)
         ws: Workspace | None = None
-        with self.backend.computing():
-            for start in range(0, z.shape[0], CHUNK):
-                part = z[start : start + CHUNK]
-                if ws is None or ws.n != part.shape[0]:
-                    ws = self.network.workspace(part.shape[0], keep)
-                self._load(ws, part)
-                handle(ws, slice(start, start + part.shape[0]))
+        with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, len(rows), CHUNK):
+                at = slice(start, min(start + CHUNK, len(rows)))
+                z, bad[at] = self._to_inputs(np.asarray(rows[at], np.float64))
+                if ws is None or ws.n != len(z):
+                    ws = self.network.workspace(len(z), keep)
+                self._load(ws, z)
+                handle(ws, at)
+        return bad
 
     def _joined(self, halves: Halves, n: int) -> NDArray[Any]:
         out = self.backend.alloc((n, self.n_features), self.spec.dtype)

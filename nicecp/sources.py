@@ -122,6 +122,8 @@ class ArraySource:
         image_shape: Sequence[int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected a plain array, got a masked one: fill or drop the masked values first")
         values = np.asarray(array)
         if values.dtype.kind not in "iuf":
             raise TypeError(f"{name}: expected integers or floats, got an array of {values.dtype}")

@@ -41,6 +41,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in 0..2**64 - 1, got {self.seed}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, got {self.patience}")
 
@@ -104,9 +106,10 @@ class Trainer:
         self._ws = network.workspace(config.batch_size, keep=True)
         self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
+        # Steps read these two arrays at every window, so that a recorded step stays valid.
+        capacity = min(len(train), self.reader.window + config.batch_size)
+        self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
         self._data: Array = None
-        self._index: Array = None
-        self._rows: Array = None
         self._window: Window | None = None
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
@@ -158,14 +161,14 @@ class Trainer:
 
     def _open(self, window: Window) -> None:
         """Make a window of rows the one that steps read."""
-        fresh = self._window is None or self._window.data is not window.data
-        if fresh:
-            self._data = self.backend.asarray(window.data)
-        self._index, self._rows = self.backend.asarray(window.index), self.backend.asarray(window.rows)
-        self._window, self._batches_left = window, window.n_batches
+        count = len(window.index)
+        self.backend.copy_in(self._index[:count], window.index)
+        self.backend.copy_in(self._rows[:count], window.rows)
         self._set(CURSOR=0.0)
-        if self._runnable is None:
+        if self._window is None or self._window.data is not window.data:
+            self._data = self.backend.asarray(window.data)
             self._runnable = self.backend.record(self._step)
+        self._window, self._batches_left = window, window.n_batches
 
     def _set(self, **slots: float) -> None:
         host = self.backend.copy_out(self.state)
@@ -246,7 +249,9 @@ class Trainer:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
         self.position = 0
         self.record.epoch = epoch
-        if self._evaluator is None or valid > self.record.best_valid_log_likelihood or self.record.best_epoch == 0:
+        best = self.record.best_valid_log_likelihood
+        better = valid > best or (math.isnan(best) and not math.isnan(valid))
+        if self._evaluator is None or self.record.best_epoch == 0 or better:
             self.best[...] = self.p
             self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
             self.stale_epochs = 0
