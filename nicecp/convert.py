@@ -126,12 +126,14 @@ def _output(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator[
     """A new HDF5 file to fill; it takes its place when the block ends without an exception."""
     if os.path.lexists(path):
         if any(os.path.exists(path) and os.path.samefile(path, source) for source in inputs):
-            raise DataError(about_file(path, "it is the input", "choose another --out"))
+            raise DataError(about_file(path, "it is the input", "choose another name"))
         if not overwrite:
-            raise DataError(about_file(path, "already exists", "pass --overwrite or choose another --out"))
+            raise DataError(
+                about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name")
+            )
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise DataError(about_file(path, "its folder does not exist", "create it or choose another --out"))
+        raise DataError(about_file(path, "its folder does not exist", "create it or choose another name"))
     try:
         with contextlib.closing(_Spool(folder)) as spool:
             file = h5py.File(spool, "w", libver=("v108", "v108"))  # earlier formats limit attributes to 64 KiB

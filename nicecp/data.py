@@ -348,5 +348,6 @@ def check_constant(stats: ColumnStats, split: Split, allow: bool = False) -> tup
         labels = [column_label(i, split.source.info.columns) for i in constant[:_LISTED]]
         more = f" and {len(constant) - _LISTED} more" if len(constant) > _LISTED else ""
         problem = f"constant columns make the likelihood unbounded: {', '.join(labels)}{more}"
-        raise DataError(about_file(split.source.name, problem, "leave them out, or pass --allow-constant"))
+        remedy = "leave them out, or allow them (--allow-constant, allow_constant=True)"
+        raise DataError(about_file(split.source.name, problem, remedy))
     return constant

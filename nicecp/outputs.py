@@ -24,7 +24,7 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
         cannot be written.
     """
     if not os.fspath(path) or "\0" in os.fspath(path):
-        raise CheckpointError(about_file(path, "not a usable file name", "choose another --out"))
+        raise CheckpointError(about_file(path, "not a usable file name", "choose another name"))
     folder = os.path.dirname(os.path.realpath(path))
     try:
         mode = os.stat(path).st_mode
@@ -32,21 +32,23 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
         pass
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
-        raise CheckpointError(about_file(path, problem, "choose another --out")) from None
+        raise CheckpointError(about_file(path, problem, "choose another name")) from None
     else:
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise CheckpointError(about_file(path, f"it is {kind}", "choose another --out"))
+            raise CheckpointError(about_file(path, f"it is {kind}", "choose another name"))
         if any(_same_file(path, other) for other in inputs):
-            raise CheckpointError(about_file(path, "it is one of the inputs", "choose another --out"))
+            raise CheckpointError(about_file(path, "it is one of the inputs", "choose another name"))
         if not overwrite:
-            raise CheckpointError(about_file(path, "already exists", "pass --overwrite or choose another --out"))
+            raise CheckpointError(
+                about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name")
+            )
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = "make the folder or choose another --out" if not os.path.isdir(folder) else "choose another --out"
+        remedy = "make the folder or choose another name" if not os.path.isdir(folder) else "choose another name"
         raise CheckpointError(about_file(path, f"its folder cannot be written ({reason})", remedy)) from None
 
 

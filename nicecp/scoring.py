@@ -74,7 +74,9 @@ def score(
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, data, part)
     try:
-        return Score(evaluate(flow, split, seed), describe_rows(split), split.source.name, seed)
+        # As the run did it: each epoch's validation has noise of its own, and the best epoch's numbers were reported.
+        epoch = record.best_epoch if record is not None and split.purpose == Purpose.VALID_NOISE else 0
+        return Score(evaluate(flow, split, seed, epoch), describe_rows(split), split.source.name, seed)
     finally:
         split.source.close()
 

@@ -356,23 +356,23 @@ def _reporting(path: str | os.PathLike[str], error: type[NicecpError]) -> Iterat
         yield
     except (OSError, MemoryError) as failure:
         full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "check the folder or choose another --out"
+        remedy = "free some space" if full else "check the folder or choose another name"
         raise error(about_file(path, f"cannot be written ({reason(failure)})", remedy)) from failure
 
 
 def _target(path: str | os.PathLike[str], overwrite: bool, error: type[NicecpError]) -> tuple[str, int | None]:
     """Where to write (symbolic links followed, so that a linked output stays a link) and the old file's mode."""
     if "\0" in os.fspath(path):
-        raise error(about_file(path, "a zero byte in the name", "choose another --out"))
+        raise error(about_file(path, "a zero byte in the name", "choose another name"))
     target = os.path.realpath(path)
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         return target, None
     if not stat.S_ISREG(mode):
-        raise error(about_file(path, "not a regular file", "choose another --out"))
+        raise error(about_file(path, "not a regular file", "choose another name"))
     if not overwrite:
-        raise error(about_file(path, "already exists", "pass --overwrite or choose another --out"))
+        raise error(about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name"))
     return target, stat.S_IMODE(mode)
 
 
