@@ -47,7 +47,7 @@ def write_samples(
         uint8 (n, *image_shape); or FILE.png with a grid of the images, ``columns`` in a row.
     seed : row i depends on the seed and i alone.
 
-    Raises CheckpointError (the checkpoint, the output, or a picture of what has no image shape), ValueError, MemoryError.
+    Raises CheckpointError (the checkpoint, the output, a picture of what has no image shape), ValueError, MemoryError.
     """
     suffix = os.path.splitext(os.fspath(out))[1].lower()
     if suffix not in FORMATS:
