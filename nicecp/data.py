@@ -36,7 +36,9 @@ __all__ = [
     "ColumnStats",
     "Source",
     "Splits",
+    "candidates",
     "check_constant",
+    "check_finite",
     "column_stats",
     "open_source",
     "open_splits",
@@ -154,7 +156,9 @@ def _locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
                 raise
             return {"test": test}, test
         parent = train.rpartition("/")[0]
-        roles = {"train": train} | _beside(_walk(file, parent, path), parent + "/", path)
+        beside = _beside(_walk(file, parent, path), parent + "/", path)
+        # The only dataset of a file is trained on whatever its name: it cannot be the validation or test set as well.
+        roles = {"train": train} | {role: name for role, name in beside.items() if name != train}
         return roles, test or roles.get("test") or train
 
 
@@ -202,6 +206,15 @@ def open_source(spec: Any, role: str = "train") -> Source:
         names = " or ".join(repr(n) for n in (VALID_NAMES if role == "valid" else TRAIN_NAMES))
         raise DataError(about_file(path, f"it has no {role} dataset", f"store one as {names}, or write FILE.h5:/NAME"))
     return HDF5Source(path, chosen)
+
+
+def candidates(spec: str | os.PathLike[str]) -> str:
+    """The usable datasets of a file with their shapes, for a message that asks the user to choose one."""
+    from nicecp.hdf5_data import damage_reported, open_hdf5, search
+
+    path = split_spec(spec)[0]
+    with open_hdf5(path) as file, damage_reported(path):
+        return _listing([found for found in search(file, "/") if not found.problem])
 
 
 @dataclass
@@ -339,6 +352,20 @@ def column_stats(split: Split) -> ColumnStats:
         problem = f"column {column_label(int(bad[0]), source.info.columns)} spans {low[bad[0]]:g} to {high[bad[0]]:g}"
         raise DataError(about_file(source.name, problem + ", beyond float64's precision", "rescale this column"))
     return ColumnStats(mean, std, low, high, count)
+
+
+def check_finite(splits: Splits) -> None:
+    """One pass over the validation and test rows of floats: DataError names the first value that is not finite.
+
+    Their columns' statistics are not needed, but a NaN found only after training would have cost the training.
+    """
+    for split in (splits.valid, splits.test):
+        # Blocks of the training dataset are read, and checked, whole.
+        if split is None or split.source.is_image8 or split.source is splits.train.source:
+            continue
+        step = max(1, 2**19 // (1024 * split.source.n_features))
+        for first in range(0, split.n_blocks, step):
+            split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
 
 
 def check_constant(stats: ColumnStats, split: Split, allow: bool = False) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.data import check_constant, column_stats, open_splits
+from nicecp.data import check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
 from nicecp.flow import NICE
 from nicecp.optimizers import AdaM, Optimizer
@@ -98,6 +98,7 @@ def fit(
             check_fits(flow, train)
         else:
             steps = preprocessing_for(train, value_range, standardize, allow_constant)
+        check_finite(splits)
         flow.prepare(steps, train.source.info, train.source.is_image8)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         return Trainer(flow, train, splits.valid, config, callbacks).run()

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from nicecp.checkpoint import load_state, save_run, save_state, state_path
-from nicecp.data import DEMO, Splits, open_splits, split_spec
+from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, about_file
 from nicecp.evaluate import Evaluation, evaluate
 from nicecp.fitting import preprocessing_for
@@ -151,6 +151,7 @@ class Run:
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
             steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            check_finite(splits)
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             return cls(settings, data, splits, flow, None if out is None else os.fspath(out), checkpoint_every)
@@ -215,6 +216,7 @@ class Run:
         splits = open_splits(data, settings.valid_fraction, settings.seed)
         try:
             check_same_data(flow, splits, record)
+            check_finite(splits)
             run = cls(settings, data, splits, flow, out, checkpoint_every)
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
-from nicecp.data import Source, Splits, open_source, open_splits, split_spec
+from nicecp.data import DEMO, TEST_NAMES, Source, Splits, candidates, open_source, open_splits, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
@@ -59,7 +59,7 @@ def score(
     part : "auto", "train", "valid" or "test"
         train and valid are the run's own rows where the data are those that the run was trained on, else the dataset of
         that name. auto: the dataset that ``data`` names, else the test dataset, else the run's own validation rows,
-        else all rows.
+        else all rows. test: the test dataset, or the one that ``data`` names, but never what the flow was trained on.
     seed : int, optional
         Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
 
@@ -85,13 +85,29 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
     """The rows that ``score`` means; the caller closes the split's source. DataError where they do not fit the flow."""
     if part in ("train", "valid"):
         return _own_rows(flow, record, data, part) or _all_rows(flow, open_source(data, part), part)
-    whole = _all_rows(flow, open_source(data, "test"), "test")
+    source = open_source(data, "test")
+    if part == "test":
+        _refuse_training_rows(flow, data, source)
+    whole = _all_rows(flow, source, "test")
     if part == "auto" and not _is_named(data, whole.source) and _plays_train(data, whole.source):
         own = _own_rows(flow, record, data, "valid")
         if own is not None:
             whole.source.close()
             return own
     return whole
+
+
+def _refuse_training_rows(flow: NICE, data: Any, source: Source) -> None:
+    """DataError where there is no test dataset, or where it is what the flow was trained on."""
+    if not isinstance(data, (str, os.PathLike)) or data == DEMO:
+        return
+    trained_on = flow.info.fingerprint and source.fingerprint() == flow.info.fingerprint
+    if trained_on or not (_is_named(data, source) or source.name.rpartition("/")[2] in TEST_NAMES):
+        source.close()
+        path = split_spec(data)[0]
+        problem = f"{source.name!r} is what the flow was trained on" if trained_on else "it has no test dataset"
+        remedy = f"name another dataset as FILE.h5:/NAME (this file has {candidates(path)}), or leave --split out"
+        raise DataError(about_file(path, problem, remedy))
 
 
 def _all_rows(flow: NICE, source: Source, part: str) -> Split:

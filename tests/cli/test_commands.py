@@ -151,6 +151,30 @@ def test_evaluate_chooses_rows(folder: Path, capsys: pytest.CaptureFixture[str])
     assert found["mean"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("data", ["bare.h5", "table.h5:/train", "lonely.h5"])
+def test_the_training_rows_are_no_test_set(folder: Path, capsys: pytest.CaptureFixture[str], data: str) -> None:
+    with h5py.File("table.h5") as file, h5py.File("bare.h5", "w") as bare, h5py.File("lonely.h5", "w") as lonely:
+        bare["train"] = file["train"][()] + 1  # not the run's data, but not test data either
+        bare["more"] = file["test"][()]
+        lonely["test"] = file["train"][()]  # under whatever name
+    assert main(["evaluate", "run-table.h5", "--data", data, "--split", "test"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    name = data.partition(":")[0]
+    assert captured.err.startswith(f"nicecp: error: {name!r}: ")
+    assert ("it has no test dataset" if data == "bare.h5" else "is what the flow was trained on") in captured.err
+    for words in ("FILE.h5:/NAME", "/test" if data == "lonely.h5" else "/train", "--split"):
+        assert words in captured.err
+    result(["evaluate", "run-table.h5", "--data", data], capsys)  # auto says which rows it took
+
+
+def test_the_test_rows_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("table.h5") as file, h5py.File("only.h5", "w") as only:
+        only["test"] = file["test"][()]
+    for data in ("table.h5", "only.h5", "table.h5:/test"):
+        assert result(["evaluate", "run-table.h5", "--data", data, "--split", "test"], capsys)["rows"] == 33
+
+
 def test_evaluate_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(["evaluate", "run-images.h5", "--data", "images.h5"], capsys)
     assert main(["evaluate", "run-images.h5", "--data", "images.h5"]) == 0

@@ -103,6 +103,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file("nan.h5", train=nan)
     constant = good.copy()
     constant[:, 2] = 4.0
+    file("nan-test.h5", train=good, test=nan)
+    file("nan-valid.h5", train=good, valid=nan)
     file("constant.h5", train=constant)
     file("strings.h5", train=np.full((4, 3), b"text"))
     file("complex.h5", train=good + 1j)
@@ -150,6 +152,8 @@ DATA_ERRORS = [
     ("strings.h5", ["strings"]),
     ("complex.h5", ["complex"]),
     ("nan.h5", ["row 7", "column 1", "nan"]),
+    ("nan-test.h5", ["nan-test.h5:/test", "row 7", "column 1", "nan"]),
+    ("nan-valid.h5", ["nan-valid.h5:/valid", "row 7", "column 1", "nan"]),
     ("empty.h5", ["no rows"]),
     ("thin.h5", ["one column"]),
     ("constant.h5", ["column", "2", "--allow-constant"]),

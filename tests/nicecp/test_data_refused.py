@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from nicecp.data import column_stats, open_source, open_splits
+from nicecp.data import check_finite, column_stats, open_source, open_splits
 from nicecp.errors import DataError
 from nicecp.store import Tree, write_tree
 from tests.data_files import LABELS, TABLE, maker, refused
@@ -198,3 +198,28 @@ def test_reading_a_large_file_takes_the_memory_of_one_block(tmp_path: Path) -> N
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+# --- before training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["valid", "test"])
+def test_bad_values_to_validate_or_test_on_are_found_at_once(make: Callable[..., str], role: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(3000, 4))
+    bad = rows.copy()
+    bad[2500, 2] = np.inf
+    with open_splits(make(train=rows, **{role: bad})) as splits, pytest.raises(DataError, match=f"/{role}.*row 2500"):
+        check_finite(splits)
+    with open_splits(make(train=rows, **{role: rows})) as splits:
+        check_finite(splits)
+
+
+@pytest.mark.parametrize("name", ["test", "valid", "x_test"])
+def test_the_only_dataset_plays_one_part(make: Callable[..., str], name: str) -> None:
+    """As `nicecp data idx t10k-images...` makes it: trained on, and therefore not tested on."""
+    with open_splits(make(**{name: np.random.default_rng(0).normal(size=(60, 4))})) as splits:
+        assert splits.train.source.name.endswith(f":/{name}")
+        assert splits.test is None
+        assert splits.valid is not None
+        assert (len(splits.train), len(splits.valid)) == (50, 10)
+        assert splits.valid.source is splits.train.source
