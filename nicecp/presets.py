@@ -32,6 +32,8 @@ class Preset:
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
+# On two tables of 9 and 10 columns eight couplings of 2x64 were better by 0.3 nats than four of 2x128 and took less time.
+TABULAR_ADAM = AdaM(rate=2e-3)
 # Tried on the drawn digits: at 5e-3 the likelihood is higher after a minute, but the samples are more ragged.
 DEMO_ADAM = AdaM(rate=3e-3, rate_decay=1.0005)
 
@@ -40,7 +42,7 @@ PRESETS = {
     for preset in (
         # Dinh et al. 2015, section 5.1: the best validation is kept out of 1500 epochs, without stopping early.
         Preset("mnist", "the paper's MNIST model", (1000,) * 5, 4, "logistic", "paper", PAPER_ADAM, 200, 1500, None),
-        Preset("tabular", "tables of floats", (128,) * 2, 4, "logistic", "he", PAPER_ADAM, 256, 300, 30),
+        Preset("tabular", "tables of floats", (64,) * 2, 8, "logistic", "he", TABULAR_ADAM, 256, 300, 30),
         Preset("demo", "the drawn digits", (256,) * 3, 4, "logistic", "he", DEMO_ADAM, 100, 50, None),
     )
 }

@@ -120,11 +120,11 @@ def test_contradictions() -> None:
     settings = resolve("a.h5", False, WINDOW, hidden=(8, 8), seed=3)
     assert contradiction(settings) == ""
     assert contradiction(settings, epochs=10**6, patience=1) == ""
-    assert contradiction(settings, "tabular", "adam", {"rate": 1e-3}, hidden=(8, 8), seed=3, dtype="auto") == ""
+    assert contradiction(settings, "tabular", "adam", {"rate": 2e-3}, hidden=(8, 8), seed=3, dtype="auto") == ""
     assert contradiction(settings, hidden=(8,)) == "hidden is 8,8 in the run, 8 was asked for"
     assert contradiction(settings, preset="mnist") == "preset is tabular in the run, mnist was asked for"
     assert contradiction(settings, optimizer="rmsprop").startswith("optimizer is adam")
-    assert contradiction(settings, numbers={"rate": 0.5, "beta2": None}).startswith("rate is 0.001")
+    assert contradiction(settings, numbers={"rate": 0.5, "beta2": None}).startswith("rate is 0.002 in the run")
     assert "average" in contradiction(settings, numbers={"average": 0.5})
 
 
