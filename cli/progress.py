@@ -123,7 +123,7 @@ def _has_size(stream: Any) -> bool:
 
 
 def _nats(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+    return "-" if math.isnan(value) else f"{value:.2f}" if abs(value) < 1e9 else f"{value:.6g}"
 
 
 def _count(rate: float) -> str:

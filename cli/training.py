@@ -98,10 +98,11 @@ def ending(run: Run, outcome: Outcome) -> str:
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """'1980.50 +- 0.31 nats per row, 4.36 bits/dim (10,000 rows)'."""
-    error = "" if math.isnan(evaluation.standard_error) else f" +- {evaluation.standard_error:.2g}"
+    error = "" if not math.isfinite(evaluation.standard_error) else f" +- {evaluation.standard_error:.2g}"
     bits = "" if evaluation.bits_per_dim is None else f", {evaluation.bits_per_dim:.4g} bits/dim"
-    digits = 2 if abs(evaluation.mean) >= 100 else 4
-    return f"{evaluation.mean:.{digits}f}{error} nats per row{bits} ({evaluation.rows:,} rows)"
+    size = abs(evaluation.mean)
+    mean = format(evaluation.mean, ".4f" if size < 100 else ".2f" if size < 1e9 else ".6g")
+    return f"{mean}{error} nats per row{bits} ({evaluation.rows:,} rows)"
 
 
 def evaluation_json(evaluation: Evaluation | None) -> dict[str, Any] | None:

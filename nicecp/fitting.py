@@ -20,6 +20,8 @@ from nicecp.records import EpochRecord, RunRecord
 from nicecp.split import Split
 from nicecp.train import Callback, TrainConfig, Trainer
 
+MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
+
 logger = logging.getLogger("nicecp")
 
 
@@ -37,8 +39,12 @@ def preprocessing_for(
     ------
     DataError
         A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be.
+    ValueError
+        The value range is not one, or is beyond +-MAX_RANGE.
     """
     if train.source.is_image8:
+        if max(abs(value) for value in value_range) > MAX_RANGE:
+            raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
         return (Dequantize(*value_range),)
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)

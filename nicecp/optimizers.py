@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from nicecp.kernels.backend import Slot
 
+MAX_RATE = 1e6  # nothing learns at such rates, and a checkpoint holds no more than 2^53
+
 
 @dataclass(frozen=True)
 class AdaM:
@@ -114,3 +116,5 @@ def _check(
             raise ValueError(f"{name} must be at least 1, got {value}")
         if name in not_negative and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+        if name in ("rate", "rate_floor") and value > MAX_RATE:
+            raise ValueError(f"{name} must be at most {MAX_RATE:g}, got {value:g}")

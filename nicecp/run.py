@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 from nicecp.checkpoint import load_state, save_run, save_state, state_path
@@ -27,13 +23,13 @@ from nicecp.plan import cost_of_run
 from nicecp.presets import VALID_FRACTION, Settings, check, contradiction, resolve
 from nicecp.records import EpochRecord, Event, RunRecord
 from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, TrainConfig, Trainer
 
 logger = logging.getLogger("nicecp")
 
 CHECKPOINT_EVERY = 300.0  # seconds
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 ROUND_TRIP_ROWS = 256
 
 StrPath = str | os.PathLike[str]
@@ -101,6 +97,7 @@ class Run:
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False
+        self.complete = False  # trained to the end and saved
         if settings.patience is not None and splits.valid is None:
             logger.warning("without validation rows patience has no effect: all %d epochs are run", settings.epochs)
 
@@ -254,9 +251,9 @@ class Run:
     def execute(self, callbacks: Sequence[Callback] = ()) -> Outcome:
         """Train to the end or until a signal or trainer.request_stop(); save; score the best model.
 
-        SIGINT, SIGTERM and SIGHUP finish the running step and save (a second SIGINT raises KeyboardInterrupt at once;
-        files stay whole). Signals that were ignored stay ignored; outside the main thread none is handled. The files
-        are written every ``checkpoint_every`` seconds and at the end.
+        SIGINT, SIGTERM and SIGHUP finish the running step and save; a second SIGINT meanwhile is ignored, and a third
+        one some seconds later raises KeyboardInterrupt with the files as they were (nicecp.signals). The files are
+        written every ``checkpoint_every`` seconds and at the end.
 
         Raises
         ------
@@ -271,9 +268,10 @@ class Run:
         if trainer.finished:
             if self.out is not None and not os.path.lexists(self.out):
                 self.save()
+            self.complete = True
             return self._outcome(began)
         self._keeper.due = began + self.checkpoint_every
-        with self._handling_signals():
+        with stopping(self._stop):
             if self.stopped_by is None:
                 trainer.run()
             if not trainer.finished:
@@ -290,24 +288,9 @@ class Run:
         save_state(self.state, self.flow, trainer.record, resume)
         save_run(self.out, self.flow, resume.best_parameters, trainer.record, overwrite=True)
 
-    @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self.stopped_by is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-            self.trainer.request_stop()
-
-        before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            # nohup and shells' background jobs ignore signals on purpose
-            handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            before = {number: signal.signal(number, stop) for number in handled}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop(self, number: int) -> None:
+        self.stopped_by = number
+        self.trainer.request_stop()
 
     @property
     def rows_done(self) -> int:
@@ -390,6 +373,7 @@ class _Keeper(Callback):
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
         if trainer.finished:
             self._run.save()
+            self._run.complete = True
 
     def rows_per_second(self) -> float:
         """Since the first step was over (it may have compiled), validation and checkpoints included."""

@@ -151,7 +151,8 @@ class Trainer:
             if self.position == 0:
                 self._begin_epoch()
             self._open(next(self.reader.epoch(self.record.epoch + 1, self.position)))
-        self._next_batch()
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._next_batch()
 
     def _next_batch(self) -> None:
         assert self._runnable is not None
@@ -202,7 +203,8 @@ class Trainer:
             Every step of an epoch had a loss that is not finite.
         """
         self._stop = False
-        with self.backend.computing():
+        # An overflow shows in the loss: the step is skipped, counted and reported.
+        with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
             while not self.finished and not self._stop:
                 self._run_epoch()
         if self.finished:
@@ -267,7 +269,8 @@ class Trainer:
     def _note_skipped(self, epoch: int, state: np.ndarray) -> None:
         skipped = int(state[Slot.SKIPPED]) - self._skipped
         if skipped:
-            message = f"{skipped} steps had a loss that is not finite and were skipped"
+            count, were = ("1 step", "was") if skipped == 1 else (f"{skipped} steps", "were")
+            message = f"{count} had a loss that is not finite and {were} skipped"
             logger.warning("epoch %d: %s", epoch, message)
             self.record.events.append(Event(epoch, int(state[Slot.STEP]), "skipped", message))
         self._skipped += skipped

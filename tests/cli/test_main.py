@@ -187,6 +187,8 @@ ERRORS = [
     (["train", "--data", "good.h5", "--average", "0.5"], ["adam", "average", "momentum"]),
     (["train", "--data", "good.h5", "--lr", "-1"], ["--lr", "-1"]),
     (["train", "--data", "good.h5", "--lr", "nan"], ["rate", "nan"]),
+    (["train", "--data", "good.h5", "--lr", "1e30"], ["rate", "1e+30", "1e+06"]),
+    (["train", "--data", "images.h5", "--range", "0,1e300"], ["range", "1e+300", "1e+06"]),
     (["train", "--data", "good.h5", "--seed", "-1"], ["--seed", "-1"]),
     (["train", "--data", "good.h5", "--valid-fraction", "1"], ["--valid-fraction", "1"]),
     (["train", "--data", "good.h5", "--batch-size", "51"], ["'good.h5:/train'", "51", "batch size"]),

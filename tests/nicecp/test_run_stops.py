@@ -18,7 +18,7 @@ from nicecp.errors import CheckpointError
 from nicecp.records import EpochRecord
 from nicecp.run import Run
 from nicecp.train import Callback, Trainer
-from tests.nicecp.runs import SMALL, TABLE_STEPS, StopAt, go_on, train, write_table
+from tests.nicecp.runs import SMALL, TABLE_STEPS, StopAt, go_on, model_bytes, train, write_table
 
 
 @pytest.fixture
@@ -53,20 +53,52 @@ def test_a_signal_during_the_last_validation_changes_nothing(table: str, tmp_pat
     assert outcome.test is not None
 
 
-def test_a_second_interrupt_aborts_and_files_stay_whole(
+def interrupt_while_saving(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So many SIGINTs before every file is put in place."""
+    replace = os.replace
+
+    def interrupted(*args: Any) -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+
+
+def test_more_interrupts_do_not_lose_what_is_being_saved(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, out = tmp_path / "whole.h5", tmp_path / "run.h5"
+    train(table, whole)
+    interrupt_while_saving(monkeypatch, 2)
+    with caplog.at_level(logging.WARNING, "nicecp"):
+        outcome = train(table, out, [StopAt(5, lambda trainer: os.kill(os.getpid(), signal.SIGINT))])
+    monkeypatch.undo()
+    assert (outcome.finished, outcome.stopped_by) == (False, signal.SIGINT)
+    assert [record.message.partition(" (")[0] for record in caplog.records] == ["saving; please wait"]
+    assert int(load_state(state_path(out))[2].state[0]) == 5
+    assert go_on(out).finished
+    assert model_bytes(out) == model_bytes(whole)
+
+
+def test_the_first_signal_is_the_one_that_is_reported(table: str, tmp_path: Path) -> None:
+    def both(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    assert train(table, tmp_path / "run.h5", [StopAt(2, both)]).stopped_by == signal.SIGTERM
+
+
+def test_a_late_third_interrupt_gives_up_and_files_stay_whole(
     table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run.h5"
     train(table, out, [StopAt(3, Trainer.request_stop)])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    replace = os.replace
-
-    def interrupted(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt_while_saving(monkeypatch, 2)
+    monkeypatch.setattr("nicecp.signals.PATIENCE", 0.0)
     with Run.resume(out) as run, pytest.raises(KeyboardInterrupt):
         run.execute([StopAt(2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))])
     monkeypatch.undo()
