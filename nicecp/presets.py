@@ -32,7 +32,7 @@ class Preset:
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
-# On two tables of 9 and 10 columns eight couplings of 2x64 were better by 0.3 nats than four of 2x128 and took less time.
+# On two tables of 9 and 10 columns 8 couplings of 2x64 were better by 0.3 nats than 4 of 2x128, in less time.
 TABULAR_ADAM = AdaM(rate=2e-3)
 # Tried on the drawn digits: at 5e-3 the likelihood is higher after a minute, but the samples are more ragged.
 DEMO_ADAM = AdaM(rate=3e-3, rate_decay=1.0005)

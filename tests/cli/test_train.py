@@ -207,7 +207,8 @@ def test_constant_columns_only_when_asked(folder: Path, capsys: pytest.CaptureFi
 
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(os.listdir())
-    words = ["train", "--data", "table.h5", "--hidden", "50,60", "--batch-size", "25", "--dry-run", "--epochs", "9"]
+    words = ["train", "--data", "table.h5", "--hidden", "50,60", "--couplings", "4", "--batch-size", "25"]
+    words += ["--dry-run", "--epochs", "9"]
     out, _ = run([*words, "--json"], capsys)
     plan = json.loads(out)
     per_coupling = 2 * 50 + 50 * 60 + 60 * 2
