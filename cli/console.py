@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -73,10 +74,14 @@ def messages(debug: bool) -> Iterator[None]:
 
 
 class Output:
-    """Standard output for work that must go on when nobody reads it any more (a closed pipe, a terminal gone)."""
+    """Standard output for work that must go on when it cannot be written any more.
+
+    ``failure`` is what went wrong; None too where the reader just went (a closed pipe, a terminal gone).
+    """
 
     def __init__(self) -> None:
         self._open = True
+        self.failure: OSError | None = None
 
     def line(self, text: str) -> None:
         if not self._open:
@@ -84,15 +89,17 @@ class Output:
         try:
             click.echo(text)
             sys.stdout.flush()
-        except OSError:
+        except OSError as error:
             self._open = False
-            abandon_stdout()
+            if not isinstance(error, BrokenPipeError) and error.errno != errno.EIO:
+                self.failure = error
+            abandon(sys.stdout)
 
 
-def abandon_stdout() -> None:
+def abandon(stream: TextIO) -> None:
     """Send what is still buffered nowhere: Python flushes once more at exit, and would complain."""
     with contextlib.suppress(OSError, ValueError):  # there may be no real file behind it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def table(rows: list[tuple[str, str]]) -> str:

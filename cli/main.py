@@ -1,132 +1,93 @@
-"""The entry point: finds the command, turns every error into one line on standard error, chooses the exit code.
+"""The entry point: whatever a signal interrupts, the imports of the command line too, ends in one line and a code.
 
-Commands are imported when they are called, so that `nicecp --help` stays quick.
+Only what Python has loaded anyway is imported here; the rest is nicecp.cli.app.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
-import click
-
-from nicecp import __version__
-from nicecp.cli.console import abandon_stdout, messages, note
-from nicecp.cli.options import debug_option
-from nicecp.errors import NicecpError
-
-# Command -> module, function, and its line in the listing.
-COMMANDS = {
-    "train": ("nicecp.cli.train", "train", "Train a flow on data."),
-    "evaluate": ("nicecp.cli.evaluate", "evaluate", "Mean log-likelihood of a trained flow on data."),
-    "sample": ("nicecp.cli.sample", "sample", "Draw samples from a trained flow."),
-    "info": ("nicecp.cli.info", "info", "What a checkpoint or a data file holds."),
-    "data": ("nicecp.cli.data", "data", "Convert data to the HDF5 files that training reads."),
-}
-EXAMPLES = """\b
-Examples:
-  nicecp train --data demo                      a first flow, in about a minute
-  nicecp sample run.h5 -n 100 --out digits.png  look at what it draws
-  nicecp train --data mnist.h5 --out mnist-run.h5
-  nicecp evaluate mnist-run.h5 --data mnist.h5
-
-Each command has its own --help.
-"""
-MISTAKE = 1
-USAGE_ERROR = 2
-INTERRUPTED = 130
-BROKEN_PIPE = 141  # as a shell reports a program ended by SIGPIPE
-
-
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, name, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(module), name)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], COMMANDS, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no such command {args[0]!r}: {hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="nicecp")
-@debug_option
-def cli() -> None:
-    """NICE normalizing flows: train on data, evaluate exact likelihoods, draw samples."""
+from nicecp.cli.stops import Terminated, describe_stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own by default) -> its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
     try:
-        # Not cli.main: it would print a line of its own for an interrupt and end quietly where a pipe is closed.
-        with messages(debug), cli.make_context("nicecp", arguments) as ctx:
-            result: Any = cli.invoke(ctx)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as ending:  # --help and --version
-        return ending.exit_code
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return _report(error)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        with _terminating():
+            silent = _open_streams()
+            try:
+                from nicecp.cli import app
+
+                if silent and arguments[:1] in ([], ["evaluate"], ["info"]):
+                    return app.fail("standard output is closed, and there would be nothing else to see of this")
+                return app.run(arguments)
+            except KeyboardInterrupt as stop:  # while importing
+                return _interrupted(stop, arguments)
+            finally:
+                _settle(sys.stderr)
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop, arguments)
 
 
-def _report(error: Exception) -> int:
-    """Print an error as one line -> the exit code."""
-    if isinstance(error, BrokenPipeError):
-        abandon_stdout()  # whoever read our output has gone
-        return BROKEN_PIPE
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message())
-        return 0
-    if isinstance(error, click.Abort):
-        return _fail("interrupted", INTERRUPTED)
-    if isinstance(error, click.UsageError):
-        where = error.ctx.command_path if error.ctx is not None else "nicecp"
-        return _fail(f"{_sentence(error.format_message())} (see {where} --help)")
-    if isinstance(error, click.ClickException):
-        return _fail(error.format_message())
-    if isinstance(error, MemoryError):
-        return _fail(f"not enough memory ({error}); use smaller settings" if str(error) else "not enough memory")
-    if isinstance(error, OSError):
-        name = "" if error.filename is None else f"{os.fsdecode(error.filename)!r}: "
-        return _fail(f"{name}{error.strerror or error}")
-    if isinstance(error, (NicecpError, ValueError)):
-        return _fail(str(error))
-    return _fail(f"a mistake in nicecp ({type(error).__name__}: {error}); please report what --debug shows", MISTAKE)
-
-
-def _sentence(message: str) -> str:
-    """Without the full stop, since something follows."""
-    return message.rstrip().removesuffix(".")
-
-
-def _fail(message: str, code: int = USAGE_ERROR) -> int:
-    note(f"nicecp: error: {' '.join(message.split())}")
+def _interrupted(stop: KeyboardInterrupt, arguments: list[str]) -> int:
+    """For what interrupts a command; `train` says itself what it has saved, once it has begun."""
+    what, code = describe_stop(stop)
+    nothing = "; nothing was saved" if arguments[:1] == ["train"] else ""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"nicecp: error: {what}{nothing}\n")
+        sys.stderr.flush()
     return code
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Terminated, unless somebody handles or ignores them already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open_streams() -> bool:
+    """Give a process whose standard streams are closed the null device instead -> whether nobody reads its output.
+
+    Python has no sys.stdout then, and the next file opened would get its number.
+    """
+    silent = sys.stdout is None
+    if silent or sys.stderr is None:
+        while True:
+            number = os.open(os.devnull, os.O_RDWR)
+            if number > 2:
+                os.close(number)
+                break
+        # closefd=False: the stream of a closed descriptor may be replaced by a caller who then opens it again
+        sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    return silent
+
+
+def _settle(stream: Any) -> None:
+    """A stream that cannot be written must not change the exit code when Python flushes it at the end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
     command,
@@ -16,6 +17,10 @@ from nicecp.cli.options import (
     machine_options,
     value_range,
 )
+from nicecp.cli.stops import describe_stop
+
+if TYPE_CHECKING:
+    from nicecp.run import Run
 
 EXAMPLES = """\
   nicecp train --data demo
@@ -149,9 +154,6 @@ def train(
     The best model by validation is kept in --out, and what is needed to go on beside it (run.state.h5). Ctrl-C saves
     and stops; --resume goes on, to the same result as if there had been no interruption. Log-likelihoods are in nats.
     """
-    from nicecp.cli import training
-    from nicecp.run import Run
-
     if resume is None and data is None:
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
@@ -170,12 +172,30 @@ def train(
         "checkpoint_every": checkpoint_every,
         **given,
     }
-    if resume is not None:
-        run = Run.resume(resume, data=data, **settings)
-    else:
-        run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
-    with run:
-        if dry_run:
-            training.show_plan(run, as_json)
-            return 0
-        return training.carry_out(run, as_json)
+    run: Run | None = None
+    try:
+        from nicecp.cli import training
+        from nicecp.run import Run
+
+        if resume is not None:
+            run = Run.resume(resume, data=data, **settings)
+        else:
+            run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
+        with run:
+            if dry_run:
+                training.show_plan(run, as_json)
+                return 0
+            return training.carry_out(run, as_json)
+    except KeyboardInterrupt as stop:
+        what, code = describe_stop(stop)
+        note(f"nicecp: error: {what} {_what_is_saved(run)}")
+        return code
+
+
+def _what_is_saved(run: Run | None) -> str:
+    """For the end of a message about an interrupted command."""
+    if run is None or run.out is None or not (run.begun or run.complete):
+        return "before the first step; nothing was saved"
+    if run.complete:
+        return f"after training: it is finished and saved in {run.out!r}; only the last evaluation is missing"
+    return f"while saving; to go on from the last checkpoint, if there is one: nicecp train --resume {run.out!r}"

@@ -17,9 +17,11 @@ from nicecp.machine import as_bytes, blas_version
 from nicecp.plan import cost_of_run, time_steps
 from nicecp.run import Outcome, Run
 
+OUTPUT_FAILED = 2
+
 
 def carry_out(run: Run, as_json: bool) -> int:
-    """Train, show, report -> exit code: 0, or 128 + the signal that stopped the run."""
+    """Train, show, report -> exit code: 0, 128 + the signal that stopped the run, 2 if nothing could be shown."""
     output = Output()
     if not as_json:
         for line in beginning(run):
@@ -43,6 +45,12 @@ def carry_out(run: Run, as_json: bool) -> int:
         note(f"nicecp: {run.out!r} is finished already ({_why(run)}); to go on, ask for more --epochs or --patience")
     if not as_json:
         output.line(ending(run, outcome))
+    if output.failure is not None:
+        note(
+            f"nicecp: warning: standard output cannot be written ({output.failure.strerror}); the run is finished and "
+            f"saved in {run.out!r}: look at it with nicecp info"
+        )
+        return OUTPUT_FAILED
     return 0
 
 

@@ -97,6 +97,7 @@ class Run:
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False
+        self.begun = False  # took a step
         self.complete = False  # trained to the end and saved
         if settings.patience is not None and splits.valid is None:
             logger.warning("without validation rows patience has no effect: all %d epochs are run", settings.epochs)
@@ -357,6 +358,7 @@ class _Keeper(Callback):
     def on_step(self, trainer: Trainer) -> None:
         if self._run.stopped_by is not None:  # a signal that came before the loop began
             trainer.request_stop()
+        self._run.begun = True
         now = time.monotonic()
         if self._first is None:
             self._first = now, self._run.rows_done

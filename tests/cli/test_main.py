@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import nicecp
-from nicecp.cli.main import COMMANDS, main
+from nicecp.cli.app import COMMANDS
+from nicecp.cli.main import main
 from nicecp.flow import NICE
 
 ROOT = Path(__file__).resolve().parents[2]
