@@ -26,19 +26,19 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @kernel
-def bias_relu_forward(y, b, relu):  # type: ignore[no-untyped-def]
-    """y : (n, o) += b : (o,), then max(y, 0) if relu; max(NaN, 0) stays NaN."""
-    n, o = y.shape
+def bias_relu_forward(y, b, relu, start, stop):  # type: ignore[no-untyped-def]
+    """Columns start..stop-1 of y : (n, o) += b : (o,), then max(y, 0) if relu; max(NaN, 0) stays NaN."""
     zero = y.dtype.type(0)
-    if relu:
-        for i in range(n):
-            for c in range(o):
-                value = y[i, c] + b[c]
-                y[i, c] = zero if value < zero else value
-    else:
-        for i in range(n):
-            for c in range(o):
-                y[i, c] += b[c]
+    bias = b[start:stop]
+    for i in range(y.shape[0]):
+        row = y[i, start:stop]
+        if relu:
+            for c in range(row.shape[0]):
+                value = row[c] + bias[c]
+                row[c] = zero if value < zero else value
+        else:
+            for c in range(row.shape[0]):
+                row[c] += bias[c]
 
 
 @kernel

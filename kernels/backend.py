@@ -30,6 +30,9 @@ Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels c
 ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a boundary
 
 
+Late: TypeAlias = dict[int, Callable[[], None]]  # calls that were put off, by the number of their thread
+
+
 class Slot:
     """Slots of the float64 state array.
 
@@ -164,11 +167,26 @@ class Backend(ABC):
 
     @abstractmethod
     def dense_backward(
-        self, dx: Array | None, dw: Array | None, db: Array | None, dy: Array, y: Array, x: Array, w: Array, relu: bool
+        self,
+        dx: Array | None,
+        dw: Array | None,
+        db: Array | None,
+        dy: Array,
+        y: Array,
+        x: Array,
+        w: Array,
+        relu: bool,
+        ready: Callable[[int, int], None] | None = None,
+        late: Late | None = None,
     ) -> None:
         """dx : (n, i) = dy @ w.T, dw : (i, o) = x.T @ dy, db : (o,) = sum of dy over rows; each may be None.
 
         With relu, dy : (n, o) is first set to 0 where y <= 0, in place.  Pair: dense_forward.
+
+        ready(start, stop) is called, perhaps by several threads at once and for every row once, as soon as rows
+        start..stop-1 of dw are complete and these rows of w no longer needed: they can be updated while in cache.
+        A backend may put calls off into ``late``, to make them in a later dense_backward with the same ``late``; the
+        caller makes those that are left in the end.
         """
 
     # --- coupling ---------------------------------------------------------------------------------

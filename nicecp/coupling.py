@@ -5,10 +5,8 @@ The halves travel as two contiguous arrays, part 0 (even features) and part 1 (o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from nicecp.kernels.backend import Array, Backend
-from nicecp.mlp import Layers, mlp_backward, mlp_forward
+from nicecp.kernels.backend import Array, Backend, Late
+from nicecp.mlp import LayerReady, Layers, mlp_backward, mlp_forward
 from nicecp.spec import CouplingSpec
 
 
@@ -36,10 +34,11 @@ class AdditiveCoupling:
         ys: list[Array],
         condition: Array,
         layers: Layers,
-        ready: Callable[[int], None] | None = None,
+        ready: LayerReady | None = None,
+        late: Late | None = None,
     ) -> None:
         """dy : (n, d_t), which is also dx, unchanged -> dcondition : (n, d_c), the network's part of it; grads."""
-        mlp_backward(backend, dcondition, grads, [*dys, dy], ys, condition, layers, ready)
+        mlp_backward(backend, dcondition, grads, [*dys, dy], ys, condition, layers, ready, late)
 
     def inverse(self, backend: Backend, x: Array, y: Array, condition: Array, ys: list[Array], layers: Layers) -> None:
         """x = y - m(condition); x may be y."""

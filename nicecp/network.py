@@ -6,11 +6,12 @@ Nothing here keeps state between calls but the layout: parameters and workspaces
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from nicecp.coupling import COUPLINGS
-from nicecp.kernels.backend import PRIORS, Array, Backend
+from nicecp.kernels.backend import PRIORS, Array, Backend, Late
 from nicecp.params import Layout, Range, Views
 from nicecp.spec import ModelSpec
 
@@ -95,10 +96,10 @@ class Network:
     ) -> None:
         """ws.dlogp (the loss's gradient by each row's log-density) -> grads and, if want_dx, ws.dx.
 
-        Needs a workspace with keep after forward. ready(range) is called when the gradients of that range of the flat
-        buffer are complete and its parameters will not be read again.
+        Needs a workspace with keep after forward. ready(range) is called, perhaps by several threads at once, when the
+        gradients of that range of the flat buffer are complete and its parameters will not be read again.
         """
-        dx, layout = ws.dx, self.layout
+        dx, layout, late = ws.dx, self.layout, Late()
         if dx is None:
             raise ValueError("backward needs a workspace that keeps activations")
         ds0, ds1 = grads.scaling if grads is not None else (None, None)
@@ -119,10 +120,13 @@ class Network:
                 ws.ys[k],
                 ws.conditions[k],
                 params.couplings[k],
-                None if ready is None else lambda j, ranges=ranges: ready(ranges[j]),  # type: ignore[misc]
+                None if ready is None else partial(_part_ready, ready, ranges),
+                late,
             )
             if dcondition is not None:
                 self.backend.couple(dx[c], dx[c], dcondition, 1)
+        for call in late.values():
+            call()
 
     def inverse(self, ws: Workspace, params: Views) -> None:
         """ws.h -> ws.x (a workspace without keep: in place)."""
@@ -136,3 +140,8 @@ class Network:
         """log abs det of the Jacobian, the same for every row: sum(s), in nats."""
         s0, s1 = (self.backend.copy_out(part).astype(np.float64) for part in params.scaling)
         return float(s0.sum() + s1.sum())
+
+
+def _part_ready(ready: Callable[[Range], None], ranges: list[Range], j: int, start: int, stop: int | None) -> None:
+    """Elements start..stop-1 (None: to the end) of layer j's range."""
+    ready(Range(ranges[j].offset + start, (ranges[j].size if stop is None else stop) - start))

@@ -16,7 +16,7 @@ PROGRAM = """
 import numpy as np
 from nicecp.kernels import _numba_layers as layers
 y = np.full((2, 3), -1.0)
-layers.bias_relu_forward(y, np.array([0.5, 1.0, 1.5]), True)
+layers.bias_relu_forward(y, np.array([0.5, 1.0, 1.5]), True, 0, 3)
 assert (y == [[0.0, 0.0, 0.5]] * 2).all()
 print(sum(layers.bias_relu_forward.stats.cache_hits.values()))
 """

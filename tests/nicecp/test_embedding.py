@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nicecp import fit, load
 from nicecp.flow import NICE
@@ -162,6 +164,31 @@ def test_blas_has_its_threads_back() -> None:
         [sys.executable, "-W", "ignore", "-c", BLAS], cwd=ROOT, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_may_leave_the_block_that_it_was_forked_in(trained: NICE) -> None:
+    """Its later calls hold the number of threads that was asked for, and give it back, as its parent's do."""
+
+    def limits() -> list[Any]:
+        return sorted((p["filepath"], p["num_threads"]) for p in threadpool_info() if p["user_api"] == "blas")
+
+    with threadpool_limits(3, user_api="blas"):
+        before = limits()
+        with trained.backend.computing():
+            child = os.fork()
+        if child == 0:
+            try:
+                fine = limits() == before
+                for _ in range(2):
+                    trained.log_prob(rows(5))
+                    fine &= limits() == before
+                os._exit(0 if fine else 1)
+            finally:
+                os._exit(2)
+        assert limits() == before
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_calls_from_four_threads_are_the_serial_ones(trained: NICE) -> None:
