@@ -18,7 +18,9 @@ from nicecp.run import Progress, Run
 from nicecp.train import Callback, Trainer
 
 REFRESH = 0.3  # seconds
+LINES = 20  # epochs that stay on a terminal above the bar, beside the last one
 _STEPS = 1000  # of the bar
+_BAR = 8  # columns: shorter ones show nothing
 
 
 class Display(Callback):
@@ -28,6 +30,8 @@ class Display(Callback):
         self._run, self._output, self._json = run, output, as_json
         self._next = 0.0
         self._bar: Any = None
+        self._every = -(-run.settings.epochs // LINES)
+        self._unshown = ""  # the line of the last epoch, as long as it is not on the screen
         if _is_terminal(sys.stderr) and (as_json or _is_terminal(sys.stdout)):
             from tqdm import tqdm
 
@@ -50,28 +54,35 @@ class Display(Callback):
 
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
         progress = self._run.progress()
-        if self._bar is not None:
-            self._paint(progress)
         rows = trainer.reader.n_batches * trainer.config.batch_size
         rate = rows / record.seconds if record.seconds > 0 else math.nan
         if self._json:
-            self._output.line(json.dumps(epoch_json(record, rate, progress.seconds_left)))
-        elif self._bar is None:
+            self._line(json.dumps(epoch_json(record, rate, progress.seconds_left)))
+        else:
             best = " *" if trainer.record.best_epoch == record.epoch and self._run.splits.valid is not None else ""
-            self._output.line(
-                f"epoch {record.epoch}/{progress.epochs}  train {record.train_log_likelihood:.2f}  "
-                f"valid {_nats(record.valid_log_likelihood)} nats{best}  {_count(rate)} rows/s  "
-                f"{clock(progress.seconds_left)} left"
+            self._unshown = (
+                f"epoch {record.epoch}/{progress.epochs}  train {_nats(record.train_log_likelihood)}  "
+                f"valid {_nats(record.valid_log_likelihood)} nats{best}  {_count(rate)} rows/s"
+                + ("" if math.isnan(progress.seconds_left) else f"  {clock(progress.seconds_left)} left")
             )
+            if self._bar is None or record.epoch % self._every == 0:
+                self._line(self._unshown)
+                self._unshown = ""
+        if self._bar is not None:
+            self._paint(progress)
+
+    def _line(self, text: str) -> None:
+        if self._bar is None:
+            self._output.line(text)
+        else:
+            self._above(lambda: self._output.line(text))
 
     def _paint(self, progress: Progress) -> None:
         bar = self._bar
-        bar.set_description_str(f"epoch {progress.epoch}/{progress.epochs}", False)
         bar.n = round(progress.fraction * _STEPS)
-        text = (
-            f"train {_nats(progress.train_log_likelihood)} valid {_nats(progress.valid_log_likelihood)} nats, "
-            f"{_count(progress.rows_per_second)} rows/s, {clock(progress.seconds_left)} left"
-        )
+        head, with_bar, text = layout(progress, _columns(sys.stderr))
+        bar.set_description_str(head, False)
+        bar.bar_format = "{desc} |{bar}| {unit}" if with_bar else "{desc}  {unit}"
         self._show(text)
 
     def _show(self, text: str) -> None:
@@ -92,6 +103,31 @@ class Display(Callback):
             with contextlib.suppress(OSError, ValueError):
                 self._bar.close()
             self._bar = None
+            if self._unshown:
+                self._output.line(self._unshown)
+
+
+def layout(progress: Progress, columns: int) -> tuple[str, bool, str]:
+    """What fits into a line: what stands before the bar, whether there is a bar, what stands after it.
+
+    The narrower the line the less of it; the speed and the time left go last.
+    """
+    head = f"epoch {progress.epoch}/{progress.epochs}"
+    valid = f"valid {_nats(progress.valid_log_likelihood)} nats"
+    pace = f"{_count(progress.rows_per_second)} rows/s"
+    if not math.isnan(progress.seconds_left):
+        pace += f", {clock(progress.seconds_left)} left"
+    choices = (
+        (head, True, f"train {_nats(progress.train_log_likelihood)} {valid}, {pace}"),
+        (head, True, f"{valid}, {pace}"),
+        (head, False, f"{valid}, {pace}"),
+        (head, False, pace),
+        (str(progress.epoch), False, pace),
+    )
+    for before, bar, after in choices:
+        if len(before) + len(after) + (4 + _BAR if bar else 2) < columns:
+            return before, bar, after
+    return choices[-1]
 
 
 def epoch_json(record: EpochRecord, rows_per_second: float, seconds_left: float) -> dict[str, Any]:
@@ -120,6 +156,10 @@ def _has_size(stream: Any) -> bool:
         return min(os.get_terminal_size(stream.fileno())) > 0
     except (OSError, ValueError):
         return False
+
+
+def _columns(stream: Any) -> int:
+    return os.get_terminal_size(stream.fileno()).columns if _has_size(stream) else 80
 
 
 def _nats(value: float) -> str:

@@ -318,7 +318,7 @@ class Run:
             train_log_likelihood=train,
             valid_log_likelihood=math.nan if last is None else last.valid_log_likelihood,
             rows_per_second=rate,
-            seconds_left=(total - done) / rate if rate > 0 else math.nan,
+            seconds_left=max(total - done, 0) / rate if rate > 0 else math.nan if done < total else 0.0,
         )
 
     def _outcome(self, began: float) -> Outcome:

@@ -23,7 +23,9 @@ import pytest
 
 from nicecp.checkpoint import load_run, load_state
 from nicecp.cli.main import main
+from nicecp.cli.progress import layout
 from nicecp.presets import Settings
+from nicecp.run import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--hidden", "6", "--couplings", "3", "--batch-size", "20", "--threads", "1"]
@@ -342,16 +344,49 @@ def test_a_terminal_that_is_closed(folder: Path) -> None:
     assert load_state("run.state.h5")[1].epoch > 0
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (24, 110)])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (24, 110), (24, 60), (24, 40)])
 def test_a_bar_on_a_terminal(folder: Path, rows: int, columns: int) -> None:
-    """Bar, interrupt by the terminal's Ctrl-C, exit code; also on a terminal that does not know its size."""
+    """Bar, interrupt by the terminal's Ctrl-C, exit code; also on a terminal that does not know its size.
+
+    The speed and the time left are there whatever the width, and the last epoch stays on the screen.
+    """
     terminal = Terminal(LONG + FOREVER, rows, columns)
-    terminal.read_until(rb"valid -\d")  # a validation has been shown
+    terminal.read_until(rb"rows/s, .* left")
+    terminal.read_until(rb"epoch [2-9]\d*/|\r[2-9]\d* ")  # a validation has been made
     os.write(terminal.fd, b"\x03")
     terminal.read_until(None)
     assert terminal.exit_code() == 130
     os.close(terminal.fd)
     text = terminal.seen.decode()
-    assert re.search(r"epoch \d+/1000000 +\|.*\| train \S+ valid -\S+ nats, [\d,]+ rows/s, .* left", text)
+    shown = {
+        0: r"epoch \d+/1000000 +\|.*\| valid -\S+ nats, ",
+        110: r"epoch \d+/1000000 +\|.*\| train \S+ valid -\S+ nats, ",
+        60: r"epoch \d+/1000000  ",
+        40: r"\r\d+  ",
+    }[columns]
+    assert re.search(shown + r"[\d,]+ rows/s, .* left", text)
     assert "stopped by SIGINT" in text
-    assert "epoch 1/1000000  train" not in text  # no plain lines beside the bar
+    assert len(re.findall(r"epoch \d+/1000000  train \S+  valid \S+ nats", text)) == 1
+
+
+def test_the_history_stays_above_the_bar(folder: Path) -> None:
+    """Twenty lines of fifty epochs and the last; the numbers are those of the record."""
+    terminal = Terminal([*LONG, "--epochs", "50"], 24, 110)
+    terminal.read_until(None)
+    assert terminal.exit_code() == 0
+    os.close(terminal.fd)
+    found = re.findall(r"epoch (\d+)/50  train (\S+)  valid (\S+) nats", terminal.seen.decode())
+    assert [int(row[0]) for row in found] == [*range(3, 50, 3), 50]
+    _, record = load_run("run.h5")
+    assert record is not None
+    for epoch, train, _ in found:
+        assert float(train) == round(record.history[int(epoch) - 1].train_log_likelihood, 2)
+
+
+@pytest.mark.parametrize("columns", range(30, 140, 7))
+def test_the_line_of_the_bar_fits(columns: int) -> None:
+    progress = Progress(12, 1500, 0.1, -1234.56, -1240.12, 123456.0, 3700.0)
+    head, bar, text = layout(progress, columns)
+    assert len(head) + (12 if bar else 2) + len(text) < columns or columns < 35
+    assert text.endswith("123,456 rows/s, 1 h 01 min left")
+    assert bar == (columns >= 78)
