@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+_SPIN = 1000  # times, some 0.5 ms: more than the time between the slices of a training step
 Slice = Callable[[int, int], Any]
 
 _inside = threading.local()  # .slice is True in a thread that is working on a slice
 _pools: weakref.WeakSet[SlicePool] = weakref.WeakSet()
+
+
+def _wait_for(lock: threading.Lock) -> None:
+    """Acquire, awake for a while: slices follow each other within that time, and to wake a sleeping CPU takes longer."""
+    for _ in range(_SPIN):
+        if lock.acquire(blocking=False):
+            return
+        time.sleep(0)  # lets go of the GIL
+    lock.acquire()
 
 
 class _Worker:
@@ -32,7 +43,7 @@ class _Worker:
 
     def _serve(self) -> None:
         while True:
-            self._go.acquire()
+            _wait_for(self._go)
             if self._task is None:
                 return
             try:
@@ -48,7 +59,7 @@ class _Worker:
 
     def end(self) -> BaseException | None:
         """Wait for the slice; what it raised, if anything."""
-        self._done.acquire()
+        _wait_for(self._done)
         error, self._error = self._error, None
         return error
 
