@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from nicecp.cli.options import (
     value_range,
 )
 from nicecp.cli.stops import describe_stop
+from nicecp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nicecp.run import Run
@@ -186,10 +188,40 @@ def train(
                 training.show_plan(run, as_json)
                 return 0
             return training.carry_out(run, as_json)
+    except ValueError as error:
+        if type(error) not in (ValueError, CheckpointError):
+            raise
+        raise type(error)(in_options(str(error))) from error
     except KeyboardInterrupt as stop:
         what, code = describe_stop(stop)
         note(f"nicecp: error: {what} {_what_is_saved(run)}")
         return code
+
+
+# Settings under the names of their options, where these differ by more than dashes.
+_OPTIONS = {name: option for option, name, _, _ in _NUMBERS} | {"range": "--range", "value_range": "--range"}
+_NAMES = ("epochs", "batch_size", "hidden", "couplings", "prior", "patience", "seed", "dtype", "preset", "optimizer")
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction")}
+_SWITCHES = {
+    "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
+    "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",
+}
+
+
+def in_options(message: str) -> str:
+    """A message about a setting as the library words it, with the option in place of the setting's name."""
+    for words, better in _SWITCHES.items():
+        message = message.replace(words, better)
+    found = re.fullmatch(r"(optimizer \w+) has no setting (\w+); it has (.*)", message)
+    if found is not None:
+        known = ", ".join(_OPTIONS.get(name, name) for name in found[3].split(", "))
+        return f"{found[1]} has no {_OPTIONS.get(found[2], found[2])}; it has {known}"
+    found = re.match(
+        r"('[^']*': )?(?:the )?(\w+)(?= (?:sizes )?(?:must|is) )", message
+    )  # the file's name may come first
+    if found is None or found[2] not in _OPTIONS:
+        return message
+    return (found[1] or "") + _OPTIONS[found[2]] + message[found.end() :]
 
 
 def _what_is_saved(run: Run | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
 from nicecp.flow import NICE
+from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.preprocessing import Dequantize, Standardize, Step
-from nicecp.records import EpochRecord, RunRecord
+from nicecp.records import RunRecord
 from nicecp.split import Split
-from nicecp.train import Callback, TrainConfig, Trainer
+from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
 
@@ -66,7 +66,7 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
-    callbacks: Sequence[Callback | Callable[[EpochRecord], object]] = (),
+    callbacks: Callbacks = (),
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
 
@@ -81,12 +81,13 @@ def fit(
         The paper's AdaM by default.
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
-    callbacks : Callback objects, or functions called with each EpochRecord.
+    callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
 
     Returns
     -------
     RunRecord
-        history (mean log-likelihoods in nats per row, in the data's space), best epoch.
+        history (mean log-likelihoods in nats per row, in the data's space), best epoch. ``flow.save`` writes the flow
+        alone; to keep the record with it: ``nicecp.checkpoint.save_run("flow.h5", flow, flow.parameters(), record)``.
 
     Raises
     ------
@@ -94,7 +95,12 @@ def fit(
         The data cannot be used; the message says why and what to do.
     TrainingError
         No finite loss.
+    TypeError, ValueError
+        An argument will not do; nothing has been changed then.
     """
+    if not isinstance(flow, NICE):
+        raise TypeError(f"flow must be a NICE, got {flow!r}")
+    called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
     with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
@@ -107,4 +113,7 @@ def fit(
         check_finite(splits)
         flow.prepare(steps, train.source.info, train.source.is_image8)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
-        return Trainer(flow, train, splits.valid, config, callbacks).run()
+        trainer = Trainer(flow, train, splits.valid, config, called)
+        trainer.record.versions = versions()
+        trainer.record.threads = int(getattr(flow.backend, "threads", 1))
+        return trainer.run()

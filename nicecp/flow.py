@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
-from nicecp.spec import ModelSpec, alternating
+from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, whole_number
 from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
@@ -61,7 +60,7 @@ class NICE:
         hidden: Sequence[int] = (1000,) * 5,
         n_couplings: int = 4,
         prior: str = "logistic",
-        dtype: str = "auto",
+        dtype: DTypeLike = "auto",
         seed: int = 0,
         *,
         init: str = "paper",
@@ -69,11 +68,12 @@ class NICE:
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
-        sizes = tuple(operator.index(size) for size in hidden)
-        couplings = alternating(sizes, operator.index(n_couplings))
-        spec = ModelSpec(operator.index(n_features), couplings, prior, "float64" if dtype == "auto" else dtype)
+        open_dtype = isinstance(dtype, str) and dtype == "auto"
+        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"))
+        name = "float64" if open_dtype else dtype_name(dtype)
+        spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
-        self._dtype_is_open = dtype == "auto"
+        self._dtype_is_open = open_dtype
 
     @classmethod
     def from_spec(
@@ -103,6 +103,7 @@ class NICE:
         init: str,
         backend: Backend,
     ) -> None:
+        seed = whole_number(seed, "seed")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in 0..2**64 - 1, got {seed}")
         if len(spec.couplings) < 3:
@@ -278,13 +279,13 @@ class NICE:
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
         one); a Generator gives that seed; None takes one from the operating system.
         """
-        n = operator.index(n)
+        n = whole_number(n, "n")
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         if isinstance(rng, np.random.Generator):
             seed = int(rng.integers(0, 2**64, dtype=np.uint64, endpoint=False))
         else:
-            seed = secrets.randbits(64) if rng is None else operator.index(rng)
+            seed = secrets.randbits(64) if rng is None else whole_number(rng, "rng (or a Generator)")
         if not 0 <= seed < 2**64:
             raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal

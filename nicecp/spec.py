@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from nicecp.kernels.backend import PRIORS
 
 DTYPES = ("float32", "float64")
 LAWS = ("additive",)
 PARTITIONS = ("odd-even",)
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A Python int of an integer of any kind; TypeError that names the argument for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def layer_sizes(hidden: Iterable[Any]) -> tuple[int, ...]:
+    """Sizes of hidden layers; TypeError for a single number or for sizes that are not whole."""
+    if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+        raise TypeError(f"hidden must be a sequence of layer sizes such as (1000, 1000), got {hidden!r}")
+    return tuple(whole_number(size, "a hidden size") for size in hidden)
+
+
+def dtype_name(dtype: DTypeLike) -> str:
+    """'float32' of "float32", np.float32 or np.dtype("float32"); TypeError for what is no dtype, None too."""
+    try:
+        if dtype is None:
+            raise TypeError
+        return np.dtype(dtype).name
+    except TypeError:
+        raise TypeError(f"dtype must be 'auto', 'float32' or 'float64', got {dtype!r}") from None
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ def check_gradients(
 
     Parameters
     ----------
-    flow : NICE
-        Is not changed.
+    flow : NICE, not changed
     x : (n, d) or (d,), finite
         A few rows of data space; 4 to 16 are plenty.
     step : float
@@ -113,6 +112,8 @@ def check_gradients(
     >>> report.error <= 1
     True
     """
+    if not isinstance(flow, NICE):
+        raise TypeError(f"flow must be a NICE, got {flow!r}")
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
+from nicecp.spec import whole_number
 from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
 
 logger = logging.getLogger("nicecp")
@@ -38,6 +39,10 @@ class TrainConfig:
     window: int = SHUFFLE_WINDOW
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "window", "seed"):
+            whole_number(getattr(self, name), name)
+        if self.patience is not None:
+            whole_number(self.patience, "patience")
         for name in ("epochs", "batch_size", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,11 +70,25 @@ class _EpochFunction(Callback):
         self._function(record)
 
 
+OneCallback = Callback | Callable[[EpochRecord], object]
+Callbacks = OneCallback | Iterable[OneCallback]
+
+
+def as_callbacks(callbacks: Callbacks) -> list[Callback]:
+    """Callback objects of what a caller gave: one or several of them, or of functions; TypeError for anything else."""
+    several = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for given in several:
+        if isinstance(given, type) or not (isinstance(given, Callback) or callable(given)):
+            raise TypeError(f"a callback must be a Callback object or a function of an EpochRecord, got {given!r}")
+    return [c if isinstance(c, Callback) else _EpochFunction(c) for c in several]
+
+
 class Trainer:
     """Trains a flow in place on the rows of a split.
 
     The flow's preprocessing must fit the data (NICE.prepare). callbacks: Callback objects, or functions of an
-    EpochRecord. After ``run`` the flow holds the best parameters (by validation; the last ones without validation).
+    EpochRecord, or a single one. After ``run`` the flow holds the best parameters (by validation; the last ones without
+    validation).
     """
 
     def __init__(
@@ -78,11 +97,11 @@ class Trainer:
         train: Split,
         valid: Split | None,
         config: TrainConfig,
-        callbacks: Sequence[Callback | Callable[[EpochRecord], object]] = (),
+        callbacks: Callbacks = (),
     ) -> None:
         check_fits(flow, train)
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
-        self.callbacks = [c if isinstance(c, Callback) else _EpochFunction(c) for c in callbacks]
+        self.callbacks = as_callbacks(callbacks)
         self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
