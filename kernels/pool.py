@@ -22,7 +22,7 @@ _pools: weakref.WeakSet[SlicePool] = weakref.WeakSet()
 
 
 def _wait_for(lock: threading.Lock) -> None:
-    """Acquire, awake for a while: slices follow each other within that time, and to wake a sleeping CPU takes longer."""
+    """Acquire, awake for a while: the next slice comes within that time, and to wake a sleeping CPU takes longer."""
     for _ in range(_SPIN):
         if lock.acquire(blocking=False):
             return

@@ -295,18 +295,18 @@ def tracing() -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["uint8", "float64"])
 def test_steps_allocate_nothing_that_grows(tracing: None, kind: str) -> None:
     n, d = 2000, 64  # a batch is a megabyte
-    data = np.random.default_rng(0).integers(0, 256, (24 * n, d)).astype(kind)
+    data = np.random.default_rng(0).integers(0, 256, (44 * n, d)).astype(kind)
     steps = (Dequantize(),) if kind == "uint8" else ()
     flow = NICE(d, (32, 32), 3, dtype="float64", threads=1, preprocessing=steps)
     trainer = Trainer(flow, split_of(data), None, TrainConfig(batch_size=n))
-    for _ in range(3):
+    for _ in range(20):  # Python and Numba fill small caches of their own
         trainer.step()
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
     for _ in range(20):
         trainer.step()
     after, peak = tracemalloc.get_traced_memory()
-    assert trainer.backend.copy_out(trainer.state)[Slot.STEP] == 23  # all in one window
+    assert trainer.backend.copy_out(trainer.state)[Slot.STEP] == 40  # all in one window
     assert after - before < 2**10
     assert peak - before < 2**16
 
