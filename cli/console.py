@@ -108,6 +108,11 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
 
 
+def plural(count: int, what: str) -> str:
+    """'1 epoch', '2,000 epochs'."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def clock(seconds: float) -> str:
     """'42 s', '3 min 05 s', '2 h 10 min', '3 d 4 h'; '?' if unknown."""
     if not 0 <= seconds < 1e10:

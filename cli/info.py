@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nicecp.cli.console import clock, table
+from nicecp.cli.console import clock, plural, table
 from nicecp.cli.options import command, data_name, json_option
 
 EXAMPLES = """\
@@ -51,8 +51,8 @@ def _checkpoint(found: dict[str, Any]) -> str:
     rows.append(
         (
             "training",
-            f"{training['epochs']} epochs in {clock(training['seconds'] or 0.0)}, the best is {training['best_epoch']}"
-            + ("" if best is None else f" with validation {best:.2f} nats"),
+            f"{plural(training['epochs'], 'epoch')} in {clock(training['seconds'] or 0.0)}, "
+            f"the best is {training['best_epoch']}" + ("" if best is None else f" with validation {best:.2f} nats"),
         )
     )
     if training["config"].get("data"):

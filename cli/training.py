@@ -9,7 +9,7 @@ import signal
 from dataclasses import asdict
 from typing import Any
 
-from nicecp.cli.console import Output, clock, note, table
+from nicecp.cli.console import Output, clock, note, plural, table
 from nicecp.cli.progress import Display
 from nicecp.describe import model_line, plain, source_line, splits_line
 from nicecp.evaluate import Evaluation
@@ -23,7 +23,9 @@ OUTPUT_FAILED = 2
 def carry_out(run: Run, as_json: bool) -> int:
     """Train, show, report -> exit code: 0, 128 + the signal that stopped the run, 2 if nothing could be shown."""
     output = Output()
-    if not as_json:
+    if as_json:
+        output.line(json.dumps(start_json(run)))
+    else:
         for line in beginning(run):
             output.line(line)
     already = run.trainer.finished
@@ -37,7 +39,7 @@ def carry_out(run: Run, as_json: bool) -> int:
     if not outcome.finished:
         name = "a request" if outcome.stopped_by is None else signal.Signals(outcome.stopped_by).name
         note(
-            f"nicecp: stopped by {name} after {outcome.record.epoch} epochs and {run.trainer.position} steps; "
+            f"nicecp: stopped by {name} after {_position(run)}; "
             f"saved in {run.state!r}; to go on: nicecp train --resume {shlex.quote(str(run.out))}"
         )
         return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
@@ -60,19 +62,39 @@ def beginning(run: Run) -> list[str]:
     lines = [
         f"data: {source_line(run.splits.train.source)}; {splits_line(run.splits)}",
         f"model: {model_line(run.flow.spec)}; preset {settings.preset}, {settings.optimizer.kind}, "
-        f"batches of {settings.batch_size}, {settings.epochs} epochs",
-        f"device: {backend.device}, {threads} thread{'s' if threads != 1 else ''}, {blas_version()}",
+        f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
+        f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}",
     ]
     if run.resumed:
-        lines.append(f"resumed after {run.trainer.record.epoch} epochs and {run.trainer.position} steps of the next")
+        lines.append(f"resumed after {_position(run)} of the next")
     return lines
+
+
+def _position(run: Run) -> str:
+    return f"{plural(run.trainer.record.epoch, 'epoch')} and {plural(run.trainer.position, 'step')}"
+
+
+def start_json(run: Run) -> dict[str, Any]:
+    return {
+        "event": "start",
+        "data": run.trainer.record.config["data"],
+        "rows": run.trainer.record.config["rows"],
+        "model": model_line(run.flow.spec),
+        "n_parameters": run.flow.n_parameters,
+        "settings": run.settings.to_json(),
+        "device": run.flow.backend.device,
+        "threads": run.trainer.record.threads,
+        "versions": run.trainer.record.versions,
+        "resumed_after_epoch": run.trainer.record.epoch if run.resumed else None,
+        "out": run.out,
+    }
 
 
 def _why(run: Run) -> str:
     epochs = run.trainer.record.epoch
     if epochs >= run.settings.epochs:
-        return f"{epochs} epochs"
-    return f"{epochs} epochs, {run.settings.patience} without a better validation"
+        return plural(epochs, "epoch")
+    return f"{plural(epochs, 'epoch')}, {run.settings.patience} without a better validation"
 
 
 def _further(run: Run) -> str:
@@ -110,7 +132,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     bits = "" if evaluation.bits_per_dim is None else f", {evaluation.bits_per_dim:.4g} bits/dim"
     size = abs(evaluation.mean)
     mean = format(evaluation.mean, ".4f" if size < 100 else ".2f" if size < 1e9 else ".6g")
-    return f"{mean}{error} nats per row{bits} ({evaluation.rows:,} rows)"
+    return f"{mean}{error} nats per row{bits} ({plural(evaluation.rows, 'row')})"
 
 
 def evaluation_json(evaluation: Evaluation | None) -> dict[str, Any] | None:
@@ -137,6 +159,11 @@ def outcome_json(run: Run, outcome: Outcome, already: bool) -> dict[str, Any]:
         "out": run.out,
         "state": run.state,
     }
+
+
+def short_time(seconds: float) -> str:
+    """'12.3 ms', '2.72 s'."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s" if seconds < 100 else clock(seconds)
 
 
 def show_plan(run: Run, as_json: bool) -> None:
@@ -172,9 +199,9 @@ def show_plan(run: Run, as_json: bool) -> None:
         ),
         (
             "one step",
-            f"{cost.flops / 1e9:.3g} GFLOP, {1e3 * timing.step:.3g} ms, {cost.flops / timing.step / 1e9:.3g} GFLOP/s",
+            f"{cost.flops / 1e9:.3g} GFLOP, {short_time(timing.step)}, {cost.flops / timing.step / 1e9:.3g} GFLOP/s",
         ),
-        ("one epoch", f"{steps:,} steps, {clock(timing.epoch)}"),
-        ("all", f"{run.settings.epochs:,} epochs, {clock(total)} at most"),
+        ("one epoch", f"{plural(steps, 'step')}, {clock(timing.epoch)}"),
+        ("all", f"{plural(run.settings.epochs, 'epoch')}, {clock(total)} at most"),
     ]
     output.line(table(rows))

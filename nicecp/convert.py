@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nicecp.csv_text import Table, text_blocks
 from nicecp.errors import DataError, about_file
 from nicecp.hdf5_data import check_regular, one_line
-from nicecp.sources import check_size
+from nicecp.sources import check_finite, check_size
 from nicecp.store import write_bytes
 
 BLOCK_BYTES = 2**22  # read and written at a time
@@ -245,6 +245,8 @@ def csv_to_hdf5(
     """
     name, target = os.fspath(source), os.fspath(path)
     check_regular(name)
+    if not dataset.strip("/") or "." in dataset.split("/") or "\0" in dataset:
+        raise DataError(f"{dataset!r} is no name of a dataset; use letters, such as train")
     result = Written(target)
     with _output(target, overwrite, [name]) as file, _reading(name) as stream:
         table = Table(name, delimiter, header)
@@ -361,7 +363,10 @@ def _copy_idx(
         if len(data) < (stop - start) * row_bytes:
             problem = f"it ends after {start + len(data) // row_bytes} of {shape[0]} rows"
             raise DataError(about_file(name, problem, "copy or download it again"))
-        out[start:stop] = np.frombuffer(data, dtype).reshape(stop - start, *flat[1:])
+        block = np.frombuffer(data, dtype).reshape(stop - start, *flat[1:])
+        if block.ndim == 2:  # labels have one axis
+            check_finite(block, start, name, None)
+        out[start:stop] = block
     if stream.read(1):
         raise DataError(about_file(name, "it is longer than its header says", "copy or download it again"))
     return flat

@@ -135,7 +135,11 @@ def _locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
     from nicecp.store import is_checkpoint
 
     if is_checkpoint(path):
-        raise DataError(about_file(path, "it is a nicecp checkpoint, not data", "give the data as --data"))
+        raise DataError(
+            about_file(
+                path, "it is a nicecp checkpoint, not data", "give the data; to go on with its training: --resume"
+            )
+        )
     with open_hdf5(path) as file, damage_reported(path):
         where = "/"
         group = file
@@ -370,6 +374,8 @@ def check_finite(splits: Splits) -> None:
 
 def check_constant(stats: ColumnStats, split: Split, allow: bool = False) -> tuple[int, ...]:
     """The numbers of the constant columns of a split with these stats; DataError that names them unless ``allow``."""
+    if stats.count == 1 and not allow:
+        raise DataError(about_file(split.source.name, "one row is not enough to train on", "give at least two"))
     constant = tuple(int(i) for i in np.flatnonzero(stats.constant))
     if constant and not allow:
         labels = [column_label(i, split.source.info.columns) for i in constant[:_LISTED]]

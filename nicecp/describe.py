@@ -82,7 +82,10 @@ def describe_checkpoint(path: StrPath, history: int = 5) -> dict[str, Any]:
     flow, record = load_run(path, backend=open_backend("cpu", 1))
     found: dict[str, Any] = {"kind": "checkpoint", "file": os.fspath(path), "model": _model(flow), "training": None}
     if record is not None:
-        rows = [{name: plain(value) for name, value in asdict(row).items()} for row in record.history[-history:]]
+        rows = [
+            {name: plain(value) for name, value in asdict(row).items()}
+            for row in record.history[len(record.history) - min(history, len(record.history)) :]
+        ]
         for row in rows:
             row["epoch"] = int(row["epoch"] or 0)
         found["training"] = {

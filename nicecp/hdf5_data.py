@@ -98,7 +98,7 @@ def _missing_remedy(path: str) -> str:
     head, colon, tail = path.rpartition(":")
     if colon and tail and os.path.exists(head):
         return f"to choose a dataset write {head + ':/' + tail!r}"
-    return "check the path, or try --data demo"
+    return "check the path"
 
 
 def open_hdf5(path: str) -> h5py.File:

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from nicecp.data import Splits
 from nicecp.evaluate import BATCH
 from nicecp.presets import Settings
@@ -85,7 +87,7 @@ def time_steps(trainer: Trainer, seconds: float = 1.0, most: int = 20) -> Timing
     The trainer's flow changes: this is for a run that is not going to be trained.
     """
     times: list[float] = []
-    with trainer.backend.computing():
+    with trainer.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
         trainer.step()
         trainer.backend.synchronize()
         begin = time.perf_counter()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger("nicecp")
 
 Parameters = dict[str, NDArray[Any]]  # names and shapes of ModelSpec.parameter_shapes
 
@@ -70,3 +73,18 @@ class ResumeState:
     state: NDArray[np.float64]  # the kernels' state array (kernels/backend.py, Slot)
     stale_epochs: int  # epochs since the best one: the patience counter
     epoch_seconds: float  # time spent so far in the unfinished epoch
+
+
+def note_differences(record: RunRecord, now: RunRecord, step: int) -> None:
+    """A warning and an event where a run is resumed with other threads or versions than it had."""
+    parts = [
+        f"{key} {record.versions[key]} -> {text}"
+        for key, text in now.versions.items()
+        if record.versions.get(key, text) != text
+    ]
+    if record.threads != now.threads:
+        parts.insert(0, f"threads {record.threads} -> {now.threads}")
+    if parts:
+        message = f"resumed with {', '.join(parts)}: the result may differ in its last bits"
+        logger.warning("%s", message)
+        record.events.append(Event(record.epoch, step, "resumed", message))

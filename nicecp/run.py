@@ -21,7 +21,7 @@ from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
 from nicecp.presets import VALID_FRACTION, Settings, check, contradiction, resolve
-from nicecp.records import EpochRecord, Event, RunRecord
+from nicecp.records import EpochRecord, Event, RunRecord, note_differences
 from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
@@ -216,6 +216,7 @@ class Run:
             check_same_data(flow, splits, record)
             check_finite(splits)
             run = cls(settings, data, splits, flow, out, checkpoint_every)
+            note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads
             if state.optimizer != settings.optimizer.kind:

@@ -170,8 +170,7 @@ class Trainer:
             if self.position == 0:
                 self._begin_epoch()
             self._open(next(self.reader.epoch(self.record.epoch + 1, self.position)))
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._next_batch()
+        self._next_batch()
 
     def _next_batch(self) -> None:
         assert self._runnable is not None

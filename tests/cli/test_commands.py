@@ -14,6 +14,7 @@ import pytest
 
 from nicecp.checkpoint import load, load_run
 from nicecp.cli.main import main
+from nicecp.cli.training import short_time
 from nicecp.digits import draw_digits
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
@@ -330,3 +331,24 @@ def test_data_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with h5py.File("j.h5") as file:
         assert sorted(file) == ["test", "train"]
         np.testing.assert_array_equal(file["train"], pixels.reshape(2, 12))
+
+
+def test_no_history(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for count, rows in (("0", 0), ("1", 1), ("9", 2)):
+        found = result(["info", "run-table.h5", "--history", count], capsys)
+        assert len(found["training"]["history"]) == rows
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (2.718, "2.72 s"), (300.0, "5 min 00 s")])
+def test_short_times(seconds: float, text: str) -> None:
+    assert short_time(seconds) == text
+
+
+def test_one_epoch_is_singular(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "one.h5"
+    assert main(["train", "--data", "table.h5", "--out", str(out), *SMALL, "--epochs", "1"]) == 0
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 epochs" not in shown
+    assert "1 epoch;" in shown
+    assert "? left" not in shown

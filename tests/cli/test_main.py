@@ -116,6 +116,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("text.h5").write_text("these are not the data you are looking for")
     Path("cut.h5").write_bytes(Path("good.h5").read_bytes()[:-500])
     Path("table.csv").write_text("a,b\n1,2\n3,x\n")
+    Path("good.csv").write_text("a,b\n1,2\n3,4\n")
+    idx = np.array([[1, 2], [np.nan, 3]], ">f4")
+    Path("nan-idx").write_bytes(bytes([0, 0, 0x0D, 2]) + np.array(idx.shape, ">i4").tobytes() + idx.tobytes())
+    file("one.h5", train=good[:1])
     NICE(3, (4,), 3).save("flow.h5")
     NICE(6, (4,), 3).save("other.h5")
     Path("damaged.h5").write_bytes(Path("flow.h5").read_bytes()[:-1] + b"!")
@@ -230,6 +234,10 @@ ERRORS = [
     (["data", "csv", "table.csv", "--out", "good.h5"], ["'good.h5'", "already exists"]),
     (["data", "idx", "text.h5", "--out", "t.h5"], ["'text.h5'", "not an idx file"]),
     (["data", "cvs", "table.csv"], ["cvs", "csv"]),
+    (["data", "csv", "good.csv", "--out", "t.h5", "--dataset", "/"], ["'/'", "no name of a dataset"]),
+    (["data", "idx", "nan-idx", "--out", "t.h5"], ["'nan-idx'", "row 1", "column 0", "nan"]),
+    (["train", "--data", "one.h5"], ["'one.h5:/train'", "one row is not enough"]),
+    (["train", "--data", "flow.h5"], ["'flow.h5'", "checkpoint", "--resume"]),
     (["data", "demo"], ["--out"]),
     (["evalute"], ["'evalute'", "'evaluate'"]),
     (["--versio"], ["--versio", "--version"]),
@@ -314,3 +322,9 @@ def test_json_of_info_on_a_flow_without_training(folder: Path, capsys: pytest.Ca
     assert (found["kind"], found["training"], found["model"]["n_features"]) == ("checkpoint", None, 3)
     assert main(["info", "flow.h5"]) == 0
     assert "not recorded" in capsys.readouterr().out
+
+
+def test_names_of_the_package_are_listed_once() -> None:
+    names = dir(nicecp)
+    assert len(names) == len(set(names))
+    assert {"NICE", "fit", "load", "testing"} <= set(names)

@@ -108,11 +108,14 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(["train", "--data", "images.h5", "--epochs", "2", "--json", *SMALL], capsys)
     events = [json.loads(line) for line in out.splitlines()]
     assert err == ""
-    assert [event["event"] for event in events] == ["epoch", "epoch", "end"]
+    assert [event["event"] for event in events] == ["start", "epoch", "epoch", "end"]
     _, record = load_run("run.h5")
     assert record is not None
-    assert [event["valid_log_likelihood"] for event in events[:2]] == [r.valid_log_likelihood for r in record.history]
-    end = events[-1]
+    assert [event["valid_log_likelihood"] for event in events[1:3]] == [r.valid_log_likelihood for r in record.history]
+    begin, end = events[0], events[-1]
+    assert begin["data"] == str(folder / "images.h5")
+    assert begin["settings"] == record.config["settings"]
+    assert (begin["device"], begin["threads"], begin["resumed_after_epoch"]) == ("cpu", 1, None)
     assert end["finished"]
     assert end["best_valid_log_likelihood"] == record.best_valid_log_likelihood
     assert (end["train"]["rows"], end["valid"]["rows"], end["test"]) == (200, 40, None)
@@ -127,7 +130,7 @@ def test_json_without_validation_has_no_nan(folder: Path, capsys: pytest.Capture
     def refuse(text: str) -> None:
         raise AssertionError(text)
 
-    first, end = (json.loads(line, parse_constant=refuse) for line in out.splitlines())
+    _, first, end = (json.loads(line, parse_constant=refuse) for line in out.splitlines())
     assert first["valid_log_likelihood"] is None
     assert end["valid"] is None
     assert end["train"]["rows"] == 240

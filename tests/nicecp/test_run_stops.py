@@ -206,3 +206,21 @@ def test_patience_without_validation_is_noticed(table: str, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "nicecp"), Run.start(table, None, valid_fraction=0.0, patience=3, **SMALL):
         pass
     assert "patience has no effect" in caplog.text
+
+
+def test_resuming_with_other_threads_is_noted(table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(3, Trainer.request_stop)])
+    with caplog.at_level(logging.WARNING, "nicecp"):
+        go_on(out, threads=2)
+    assert [r.message for r in caplog.records] == [
+        "resumed with threads 1 -> 2: the result may differ in its last bits"
+    ]
+    record = load_run(out)[1]
+    assert record is not None
+    assert [(event.epoch, event.step, event.kind) for event in record.events] == [(0, 3, "resumed")]
+    assert record.threads == 2
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "nicecp"):
+        go_on(out)
+    assert caplog.records == []
