@@ -18,6 +18,7 @@ import pytest
 
 from nicecp.checkpoint import load_run, load_state
 from nicecp.cli.main import main
+from nicecp.kernels.backend import Slot
 from nicecp.presets import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +283,8 @@ def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: int, code:
     process = start(["train", "--resume", "run.h5"], tmp_path)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert f"resumed after {record.epoch} epochs and {int(state.state[2])} steps" in out
+    steps = int(state.state[Slot.CURSOR])
+    assert f"resumed after {record.epoch} epochs and {steps} step{'s' * (steps != 1)} of the next" in out
     assert model_bytes(tmp_path / "run.h5") == model_bytes(whole / "run.h5")
     process = start(["train", "--resume", "run.h5"], tmp_path)
     out, err = process.communicate(timeout=60)
