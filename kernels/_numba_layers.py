@@ -12,12 +12,10 @@ import numpy as np
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 
-# Written out, not taken from Slot: Numba compiles numbers in, and its cache notices a change in this file alone.
-_STEP, _CURSOR, _RATE, _LOSS, _LOG_PROB_SUM, _WEIGHT_SUM, _SKIP = 0, 2, 3, 4, 5, 6, 7
-_MOMENTUM, _SQUARE_DECAY, _LAMBDA, _EPSILON, _LOSS_RING, _RING_SIZE = 11, 12, 13, 14, 32, 32
-_NAMES = "STEP CURSOR RATE LOSS LOG_PROB_SUM WEIGHT_SUM SKIP MOMENTUM SQUARE_DECAY LAMBDA EPSILON LOSS_RING RING_SIZE"
-if any(globals()["_" + name] != getattr(Slot, name) for name in _NAMES.split()):
-    raise AssertionError("the slots of kernels/backend.py changed: change the numbers in kernels/_numba_layers.py too")
+_STEP, _CURSOR, _RATE, _LOSS, _SKIP, _SKIPPED = Slot.STEP, Slot.CURSOR, Slot.RATE, Slot.LOSS, Slot.SKIP, Slot.SKIPPED
+_LOG_PROB_SUM, _WEIGHT_SUM, _LOSS_RING, _RING_SIZE = Slot.LOG_PROB_SUM, Slot.WEIGHT_SUM, Slot.LOSS_RING, Slot.RING_SIZE
+_MOMENTUM, _SQUARE_DECAY, _LAMBDA, _EPSILON = Slot.MOMENTUM, Slot.SQUARE_DECAY, Slot.LAMBDA, Slot.EPSILON
+_RATE_DECAY, _RATE_FLOOR = Slot.RATE_DECAY, Slot.RATE_FLOOR
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -42,53 +40,59 @@ def bias_relu_forward(y, b, relu, start, stop):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def bias_relu_backward(dy, db, y, relu):  # type: ignore[no-untyped-def]
-    """dy : (n, o) = 0 where y <= 0 if relu; db : (o,) = sum of dy over rows, in row order."""
-    n, o = dy.shape
+def bias_relu_backward(dy, db, y, relu, with_db, start, stop):  # type: ignore[no-untyped-def]
+    """Columns start..stop-1 of dy : (n, o) = 0 where y <= 0 if relu; db : (o,) = sum of dy over rows, in row order."""
     zero = dy.dtype.type(0)
-    for c in range(o):
-        db[c] = zero
-    if relu:
-        for i in range(n):
-            for c in range(o):
-                g = zero if y[i, c] <= zero else dy[i, c]
-                dy[i, c] = g
-                db[c] += g
-    else:
-        for i in range(n):
-            for c in range(o):
-                db[c] += dy[i, c]
-
-
-@kernel
-def relu_backward(dy, y):  # type: ignore[no-untyped-def]
-    """dy : (n, o) = 0 where y <= 0."""
-    n, o = dy.shape
-    zero = dy.dtype.type(0)
-    for i in range(n):
-        for c in range(o):
-            dy[i, c] = zero if y[i, c] <= zero else dy[i, c]
+    total = db[start:stop]
+    if with_db:
+        total[:] = zero
+    for i in range(dy.shape[0]):
+        row, active = dy[i, start:stop], y[i, start:stop]
+        if relu and with_db:
+            for c in range(row.shape[0]):
+                g = zero if active[c] <= zero else row[c]
+                row[c] = g
+                total[c] += g
+        elif relu:
+            for c in range(row.shape[0]):
+                row[c] = zero if active[c] <= zero else row[c]
+        else:
+            for c in range(row.shape[0]):
+                total[c] += row[c]
 
 
 # --- coupling, halves -----------------------------------------------------------------------------
 
 
 @kernel
-def add(y, x, m):  # type: ignore[no-untyped-def]
-    """y = x + m, all (n, k)."""
-    n, k = y.shape
-    for i in range(n):
-        for c in range(k):
-            y[i, c] = x[i, c] + m[i, c]
+def couple(y, x, m, sign):  # type: ignore[no-untyped-def]
+    """y = x + sign * m, all (k,)."""
+    if sign > 0:
+        for c in range(y.shape[0]):
+            y[c] = x[c] + m[c]
+    else:
+        for c in range(y.shape[0]):
+            y[c] = x[c] - m[c]
 
 
 @kernel
-def subtract(y, x, m):  # type: ignore[no-untyped-def]
-    """y = x - m, all (n, k)."""
-    n, k = y.shape
-    for i in range(n):
-        for c in range(k):
-            y[i, c] = x[i, c] - m[i, c]
+def split(x0, x1, x):  # type: ignore[no-untyped-def]
+    """x : (n, d) -> x0 : (n, d0) even features, x1 : (n, d1) odd features."""
+    for i in range(x.shape[0]):
+        for c in range(x0.shape[1]):
+            x0[i, c] = x[i, 2 * c]
+        for c in range(x1.shape[1]):
+            x1[i, c] = x[i, 2 * c + 1]
+
+
+@kernel
+def join(x, x0, x1):  # type: ignore[no-untyped-def]
+    """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), interleaved."""
+    for i in range(x.shape[0]):
+        for c in range(x0.shape[1]):
+            x[i, 2 * c] = x0[i, c]
+        for c in range(x1.shape[1]):
+            x[i, 2 * c + 1] = x1[i, c]
 
 
 # --- scaling and prior ----------------------------------------------------------------------------
@@ -178,16 +182,19 @@ def scale_prior_forward(logp, h, x, s, prior, first):  # type: ignore[no-untyped
 
 
 @kernel
-def scale_prior_backward(dx, ds, dlogp, h, s, prior, with_ds):  # type: ignore[no-untyped-def]
-    """One part: dx : (n, k) = dlogp g(h) exp(s); ds : (k,) = sum_i dlogp (g(h) h + 1), rows in order, in float64."""
+def scale_prior_backward(dx, ds, dlogp, h, s, prior, with_ds, left, right):  # type: ignore[no-untyped-def]
+    """Columns left..right-1 of one part: dx : (n, k) = dlogp g(h) exp(s); ds : (k,) = sum_i dlogp (g(h) h + 1).
+
+    Rows are summed in order, in float64.
+    """
     n, k = h.shape
     columns, rows = _column_tiles(k)
     factor = np.empty(_TILE, np.float64)
     gradient = np.empty(_TILE, np.float64)
     value = np.empty(_TILE, np.float64)
     slope = np.empty(_TILE, np.float64)
-    for start in range(0, k, columns):
-        width = min(columns, k - start)
+    for start in range(left, right, columns):
+        width = min(columns, right - start)
         for c in range(width):
             factor[c] = math.exp(np.float64(s[start + c]))
             gradient[c] = 0.0
@@ -253,8 +260,8 @@ def loss(state, dlogp, logp, weight):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def update_adam(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-def]
-    """AdaM on [start, stop) of the flat buffers; t = STEP + 1.  Kingma & Ba 2014, first version."""
+def update_adam(p, g, m, v, state):  # type: ignore[no-untyped-def]
+    """AdaM on a range of the flat buffers, all (k,); t = STEP + 1.  Kingma & Ba 2014, first version."""
     if state[_SKIP] != 0.0:
         return
     real = p.dtype.type
@@ -267,7 +274,6 @@ def update_adam(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-def]
     root = real(1.0 / math.sqrt(1.0 - decay**t))
     epsilon = real(state[_EPSILON])
     zero, tiny = real(0), real(np.finfo(p.dtype).tiny)
-    p, g, m, v = p[start:stop], g[start:stop], m[start:stop], v[start:stop]  # from 0: negative indices are ruled out
     for i in range(p.shape[0]):
         gi = g[i]
         mi = b1 * m[i] + one_b1 * gi
@@ -281,8 +287,8 @@ def update_adam(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def update_rmsprop(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-def]
-    """RMSProp with momentum on [start, stop), the root mean square floored: the published code of Dinh et al."""
+def update_rmsprop(p, g, m, v, state):  # type: ignore[no-untyped-def]
+    """RMSProp with momentum, all (k,), the root mean square floored: the published code of Dinh et al."""
     if state[_SKIP] != 0.0:
         return
     real = p.dtype.type
@@ -290,7 +296,6 @@ def update_rmsprop(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-d
     b2, one_b2 = real(state[_SQUARE_DECAY]), real(1.0 - state[_SQUARE_DECAY])
     floor = real(state[_EPSILON])
     zero, tiny = real(0), real(np.finfo(p.dtype).tiny)
-    p, g, m, v = p[start:stop], g[start:stop], m[start:stop], v[start:stop]  # from 0: negative indices are ruled out
     for i in range(p.shape[0]):
         gi = g[i]
         vi = b2 * v[i] + one_b2 * gi * gi
@@ -300,3 +305,15 @@ def update_rmsprop(p, g, m, v, start, stop, state):  # type: ignore[no-untyped-d
         mi = zero if abs(mi) < tiny else mi
         m[i] = mi
         p[i] += mi
+
+
+@kernel
+def advance(state):  # type: ignore[no-untyped-def]
+    """CURSOR += 1; unless SKIP, STEP += 1 and the rate decays to its floor; with SKIP, SKIPPED += 1."""
+    state[_CURSOR] += 1.0
+    if state[_SKIP] != 0.0:
+        state[_SKIPPED] += 1.0
+        return
+    state[_STEP] += 1.0
+    rate = state[_RATE]
+    state[_RATE] = max(rate / state[_RATE_DECAY], min(rate, state[_RATE_FLOOR]))

@@ -30,7 +30,7 @@ Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels c
 ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a boundary
 
 
-Late: TypeAlias = dict[int, Callable[[], None]]  # calls that were put off, by the number of their thread
+Ready: TypeAlias = Callable[[int, int], None]
 
 
 class Slot:
@@ -108,7 +108,11 @@ class Backend(ABC):
 
     @abstractmethod
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A runnable that does what ``step`` does: on a CPU step itself, on a GPU a captured graph of it."""
+        """A runnable that does what ``step`` does.
+
+        ``step`` is called once; its calls of this backend are not carried out but written down, on a CPU on a tape, on
+        a GPU in a graph, and what they work on must keep its place in memory. Fills are not recorded.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -176,17 +180,15 @@ class Backend(ABC):
         x: Array,
         w: Array,
         relu: bool,
-        ready: Callable[[int, int], None] | None = None,
-        late: Late | None = None,
+        ready: Ready | None = None,
     ) -> None:
         """dx : (n, i) = dy @ w.T, dw : (i, o) = x.T @ dy, db : (o,) = sum of dy over rows; each may be None.
 
         With relu, dy : (n, o) is first set to 0 where y <= 0, in place.  Pair: dense_forward.
 
-        ready(start, stop) is called, perhaps by several threads at once and for every row once, as soon as rows
-        start..stop-1 of dw are complete and these rows of w no longer needed: they can be updated while in cache.
-        A backend may put calls off into ``late``, to make them in a later dense_backward with the same ``late``; the
-        caller makes those that are left in the end.
+        ready(start, stop), for every row once: rows start..stop-1 of dw are complete and these rows of w no longer
+        needed, so that they can be updated while they are in cache. While a step is recorded, some of these calls come
+        after this one has returned, at the latest when the step ends.
         """
 
     # --- coupling ---------------------------------------------------------------------------------

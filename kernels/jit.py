@@ -1,14 +1,16 @@
 """One way to compile a kernel with Numba: serial, without the GIL, cached on disk where that is possible.
 
 No ``parallel=True``: with GNU OpenMP a forked child that meets a parallel kernel hangs, with workqueue two threads that
-call one abort the process. Slices run on our own pool instead (kernels/pool.py). Numba's cache does not notice that a
-called function in another file changed, so kernels that call each other live in one file.
+call one abort the process. Several threads replay one tape of calls instead (kernels/tape.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -21,13 +23,27 @@ logger = logging.getLogger("nicecp")
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 
 
+@cache
+def sources_digest() -> str:
+    """A short hash of every kernel source file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def kernel(function: F) -> F:
-    """Compile at the first call; a cache folder that cannot be written costs the cache, nothing else."""
+    """Compile at the first call; a cache folder that cannot be written costs the cache, nothing else.
+
+    Numba's cache looks at the function's own file alone, not at the functions and constants that it takes from others:
+    a name with the hash of all of them in it is a new entry whenever one changes.
+    """
     options: dict[str, Any] = {"nogil": True, "fastmath": REASSOCIATE, "error_model": "numpy"}
     try:
+        function.__qualname__ = f"{function.__qualname__}_{sources_digest()}"
         compiled: F = numba.njit(function, cache=True, **options)
         _forgive_full_disks(compiled)
-    except RuntimeError as error:  # "cannot cache function: no locator available"
+    except (RuntimeError, OSError) as error:  # "cannot cache function: no locator available"; sources not readable
         logger.debug("compiling %s without a cache: %s", function.__name__, error)
         compiled = numba.njit(function, **options)
     return compiled
@@ -48,7 +64,7 @@ def _forgive_full_disks(compiled: Any) -> None:
 
 
 def inlined(function: F) -> F:
-    """A device function of the kernels in its own file; LLVM inlines it.
+    """A device function of other kernels; LLVM inlines it.
 
     It keeps its own rounding rules: nothing is reassociated, so error-free transformations in it stay what they are.
     """

@@ -6,26 +6,26 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nicecp.kernels import _numba_layers as layers
 from nicecp.kernels import _numba_random as random
-from nicecp.kernels.backend import ALIGNMENT, OPTIMIZERS, Array, Backend, Late, Slot
-from nicecp.kernels.pool import SlicePool
+from nicecp.kernels._numba_native import gemm_address
+from nicecp.kernels._numba_tape import replay
+from nicecp.kernels.backend import ALIGNMENT, Array, Backend, Ready, Slot
+from nicecp.kernels.pool import Crew
+from nicecp.kernels.tape import ANY, Op, Range, Span, Tape, span
 
-_UPDATE_GRAIN = 16384  # elements, a multiple of the alignment; for fewer a second thread costs more than it saves
-_LOAD_GRAIN = 16  # rows
-_SLICED_PRODUCT = 2**24  # multiplications from which a product is sliced: some 0.2 ms, a slice costs 0.03 ms
-_SLICE_GRAIN = 16  # columns or rows: a cache line of float32
-
-
-def _fill_grain(out: Array) -> int:
-    """Rows of a slice worth a thread: some 2^15 numbers."""
-    return max(1, 2**15 // max(1, int(out.shape[1])))
+_LINE = 64  # bytes: slices of columns begin on cache lines
+_SLICED_PRODUCT = 2**21  # multiplications from which a product is cut into parts, some 0.03 ms
+_SLICED_UPDATE = 2**15  # elements from which an update or a sum is, and numbers from which a fill is
+_SLICED_ROWS = 2**14  # numbers from which loading, scaling or scoring is cut by rows or columns: some 0.03 ms
+_CREW_WORK = 2**25  # multiplications in several parts from which a tape is worth waking other threads
 
 
 def available_threads() -> int:
@@ -78,12 +78,23 @@ class _BlasThreads:
 _blas_threads = _BlasThreads()
 
 
-class NumbaBackend(Backend):
-    """See Backend.  threads=None: slices use all CPUs of the process, BLAS keeps its own setting.
+class _Recording(threading.local):
+    """What this thread is recording."""
 
-    With a number of threads, large matrix products are sliced over our own pool, each slice by one BLAS thread: a
-    slice of a weight gradient is then updated by the thread that computed it, while the other one computes, since an
-    update is bound by memory and a product is not. The slices depend on shapes and threads alone.
+    tape: Tape | None = None
+    owner: int | None = None  # the thread that updates are for
+    later: tuple[Callable[[], None], ...] = ()  # put off until the next products are due
+
+
+class NumbaBackend(Backend):
+    """See Backend.  threads=None: BLAS keeps its own threads, all else runs in the calling thread.
+
+    Every operation is a call on a tape (kernels/tape.py) that compiled code replays: at once, or, between ``record``
+    and what it returns, as often as one likes, without Python and without its lock.
+
+    With a number of threads, large products are cut into as many parts, each computed by one BLAS thread. In a recorded
+    step a part of a weight gradient is then updated by the thread that computed it: by even threads at once, by odd
+    ones before their next product, so that one thread's update, bound by memory, meets the other's products.
     """
 
     name = "numba"
@@ -94,7 +105,9 @@ class NumbaBackend(Backend):
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.blas_threads = threads
         self.threads = threads if threads is not None else available_threads()
-        self._pool = SlicePool(self.threads)
+        self._parts = threads if threads is not None else 1  # of what is worth cutting
+        self._crew = Crew(self._parts)
+        self._recording = _Recording()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NumbaBackend, (self.blas_threads,)
@@ -121,17 +134,86 @@ class NumbaBackend(Backend):
         return np.array(src)
 
     def computing(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.blas_threads is None else _blas_threads.limit(1)
+        if self.blas_threads is None:
+            return nullcontext()
+        gemm_address(np.float64)  # loads the BLAS whose threads are limited
+        return _blas_threads.limit(1)
 
-    def _slicing(self, n: int, i: int, o: int) -> bool:
-        """Whether products of (n, i) by (i, o) are sliced."""
-        return self.blas_threads is not None and self.threads > 1 and n * i * o >= _SLICED_PRODUCT
+    # --- calls ------------------------------------------------------------------------------------
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        return step
+        return self.player(self.write_down(step))
+
+    def write_down(self, step: Callable[[], None]) -> Tape:
+        """The calls of a step, not carried out."""
+        recording = self._recording
+        if recording.tape is not None:
+            raise RuntimeError("a step is being recorded by this thread already")
+        tape = recording.tape = Tape()
+        try:
+            step()
+            self._catch_up()
+        finally:
+            recording.tape, recording.later = None, ()
+        return tape
 
     def synchronize(self) -> None:
         """Calls return when their work is done."""
+
+    def _call(
+        self,
+        op: int,
+        over: Range,
+        real: Sequence[Array | None],
+        other: Sequence[Array],
+        numbers: Sequence[int],
+        writes: Sequence[Array | Span | None],
+        reads: Sequence[Array | Span | None],
+        work: int = 0,
+    ) -> None:
+        """Put a call on the tape that is being recorded, or carry it out. writes, reads : arrays, or Spans of them."""
+        recording = self._recording.tape
+        tape = Tape() if recording is None else recording
+        tape.add(op, over, real, other, numbers, _spans(writes), _spans(reads), work)
+        if recording is None:
+            self.player(tape)()
+
+    def player(self, tape: Tape) -> Callable[[], None]:
+        """A runnable that carries out the calls of a tape."""
+        calls = tape.finish()
+        one = np.float64(1) if tape.dtype is None else tape.dtype.type(1)
+        gemm = gemm_address(one.dtype)
+        threads = self._parts if tape.work >= _CREW_WORK else 1
+        if threads == 1:
+
+            def alone(keep: object = tape) -> None:
+                replay(calls, 0, 1, 0, gemm, one)
+
+            return alone
+        sync = self.alloc(16, np.int64)
+        address = sync.ctypes.data
+
+        def work(me: int, crew: int) -> None:
+            replay(calls, me, crew, address, gemm, one)
+
+        def abort() -> None:
+            sync[8] = 1
+
+        def together(keep: object = tape) -> None:
+            sync[:] = 0
+            self._crew.run(work, threads, abort)
+
+        return together
+
+    def _cut(self, extent: int, work: int, least: int, grain: int) -> Range:
+        """A range, in as many parts as there are threads where the work is worth it."""
+        parts = min(self._parts, -(-extent // grain)) if work >= least else 1
+        return Range(extent, grain, max(1, parts))
+
+    def _catch_up(self) -> None:
+        later, self._recording.later = self._recording.later, ()
+        for call in later:
+            call()
 
     # --- borders ----------------------------------------------------------------------------------
 
@@ -149,51 +231,38 @@ class NumbaBackend(Backend):
         seed: int,
         purpose: int,
     ) -> None:
-        n, cursor, epoch = x0.shape[0], int(state[Slot.CURSOR]), int(state[Slot.EPOCH])
-        index, rows = index[cursor * n : (cursor + 1) * n], rows[cursor * n : (cursor + 1) * n]
-        if index.shape[0] != n or rows.shape[0] != n:
+        n, (m, d), given = len(x0), data.shape, min(len(index), len(rows))
+        cursor = int(state[Slot.CURSOR])
+        if (cursor + 1) * n > given:
             raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")
-
-        if data.dtype == np.uint8:
-            key = np.uint64(seed)
-
-            def load(a: int, b: int) -> None:
-                random.load_bytes(
-                    x0[a:b], x1[a:b], weight[a:b], data, index[a:b], rows[a:b], shift, scale, epoch, key, purpose
-                )
-        else:
-
-            def load(a: int, b: int) -> None:
-                random.load_floats(x0[a:b], x1[a:b], weight[a:b], data, index[a:b], shift, scale)
-
-        grain = _LOAD_GRAIN * max(1, 1024 // data.shape[1])
-        self._pool.run(load, 0, n, grain)
+        if data.dtype not in (np.uint8, np.float32, np.float64):
+            raise ValueError(f"data must be uint8, float32 or float64, not {data.dtype}")
+        numbers = (n, d, m, purpose, seed - 2**64 * (seed >= 2**63), data.dtype == np.float64, given)
+        halves, other = (x0, x1), (weight, data, index, rows, shift, scale, state)
+        op = Op.LOAD_BYTES if data.dtype == np.uint8 else Op.LOAD_FLOATS
+        over = self._cut(n, n * d, _SLICED_ROWS, 1)
+        self._call(op, over, halves, other, numbers, (x0, x1, weight), other[1:], n * d)
 
     def split(self, x0: Array, x1: Array, x: Array) -> None:
-        x0[...] = x[:, 0::2]
-        x1[...] = x[:, 1::2]
+        self._call(Op.SPLIT, Range(len(x)), (x0, x1, x), (), (x.shape[1],), (x0, x1), (x,))
 
     def join(self, x: Array, x0: Array, x1: Array) -> None:
-        x[:, 0::2] = x0
-        x[:, 1::2] = x1
+        self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (), (x.shape[1],), (x,), (x0, x1))
 
     # --- dense layers -----------------------------------------------------------------------------
 
     def matmul(self, out: Array, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
+        rows, inner = a.shape[::-1] if transpose_a else a.shape
+        numbers = (rows, out.shape[1], inner, transpose_a, transpose_b)
+        self._call(Op.MATMUL, Range(1), (out, a, b), (), numbers, (out,), (a, b))
+
+    def _cut_product(self, n: int, i: int, o: int, extent: int, item: int) -> Range:
+        return self._cut(extent, n * i * o, _SLICED_PRODUCT, _LINE // item)
 
     def dense_forward(self, y: Array, x: Array, w: Array, b: Array, relu: bool) -> None:
         n, (i, o) = len(x), w.shape
-        if self._slicing(n, i, o):
-
-            def columns(start: int, stop: int) -> None:
-                np.matmul(x, w[:, start:stop], out=y[:, start:stop])
-                layers.bias_relu_forward(y, b, relu, start, stop)
-
-            self._pool.run(columns, 0, o, _SLICE_GRAIN)
-            return
-        np.matmul(x, w, out=y)
-        layers.bias_relu_forward(y, b, relu, 0, y.shape[1])
+        over = self._cut_product(n, i, o, o, w.itemsize)
+        self._call(Op.DENSE_FORWARD, over, (y, x, w, b), (), (n, i, o, relu), (y,), (x, w, b), n * i * o)
 
     def dense_backward(
         self,
@@ -205,51 +274,59 @@ class NumbaBackend(Backend):
         x: Array,
         w: Array,
         relu: bool,
-        ready: Callable[[int, int], None] | None = None,
-        late: Late | None = None,
+        ready: Ready | None = None,
     ) -> None:
-        if db is not None:
-            layers.bias_relu_backward(dy, db, y, relu)
-        elif relu:
-            layers.relu_backward(dy, y)
+        n, (i, o) = len(dy), w.shape
+        if relu or db is not None:
+            over = self._cut(o, n * o, _SLICED_ROWS, _LINE // w.itemsize)
+            bias = dy[0] if db is None else db  # stands in, not written
+            numbers = (n, o, relu, db is not None)
+            self._call(Op.BIAS_RELU_BACKWARD, over, (dy, bias, y), (), numbers, (dy, db), (y,), n * o)
+        recording = self._recording.tape
+        if recording is not None and self._recording.later:
+            recording.barrier()  # what was put off comes after all threads have dy
+            self._catch_up()
+        if dx is None and dw is None:
+            return
+        over = self._cut_product(n, i, o, i, w.itemsize)
+        edges = [over.edge(part) for part in range(over.parts + 1)]
+        slices = list(enumerate(pairwise(edges)))
+        rows = [span(w[a:b], part) for part, (a, b) in slices]
+        gradients = [] if dw is None else [span(dw[a:b], part) for part, (a, b) in slices]
+        work = n * i * o * ((dx is not None) + (dw is not None))
+        self._call(Op.DENSE_BACKWARD, over, (dx, dw, dy, x, w), (), (n, i, o), (dx, *gradients), (dy, x, *rows), work)
+        if ready is None or dw is None:
+            return
+        for part, (a, b) in slices:
+            if recording is not None and part % 2:
+                self._recording.later = (*self._recording.later, partial(self._ready, ready, part, a, b))
+            else:
+                self._ready(ready, part, a, b)
 
-        def rows(start: int, stop: int) -> None:
-            # The first slice is updated at its end, the others at the beginning of their thread's next slice: one
-            # thread's update, bound by memory, then meets the other's products, and not its update.
-            me = threading.get_ident()
-            if start > 0 and late is not None and me in late:
-                late.pop(me)()
-            if dx is not None:
-                np.matmul(dy, w[start:stop].T, out=dx[:, start:stop])
-            if dw is not None:
-                np.matmul(x[:, start:stop].T, dy, out=dw[start:stop])
-                if ready is not None:
-                    if start > 0 and late is not None:
-                        late[me] = partial(ready, start, stop)
-                    else:
-                        ready(start, stop)
-
-        i, o = w.shape
-        if self._slicing(len(dy), i, o):
-            self._pool.run(rows, 0, i, _SLICE_GRAIN)
-        else:
-            rows(0, i)
+    def _ready(self, ready: Ready, part: int, start: int, stop: int) -> None:
+        """Tell the caller; an update that he asks for is carried out by the thread that has these rows in its cache."""
+        self._recording.owner = part
+        try:
+            ready(start, stop)
+        finally:
+            self._recording.owner = None
 
     # --- coupling ---------------------------------------------------------------------------------
 
     def couple(self, y: Array, x: Array, m: Array, sign: int) -> None:
-        if sign == 1:
-            layers.add(y, x, m)
-        else:
-            layers.subtract(y, x, m)
+        over = self._cut(y.size, y.size, _SLICED_UPDATE, _LINE // y.itemsize)
+        self._call(Op.COUPLE, over, (y, x, m), (), (sign,), (y,), (x, m), y.size)
 
     # --- scaling, prior, loss ---------------------------------------------------------------------
 
     def scale_prior_forward(
         self, logp: Array, h0: Array, h1: Array, x0: Array, x1: Array, s0: Array, s1: Array, prior: int
     ) -> None:
-        layers.scale_prior_forward(logp, h0, x0, s0, prior, True)
-        layers.scale_prior_forward(logp, h1, x1, s1, prior, False)
+        for part, (h, x, s) in enumerate(((h0, x0, s0), (h1, x1, s1))):
+            n, k = x.shape
+            over = self._cut(n, x.size, _SLICED_ROWS, 1)
+            numbers = (n, k, prior, part == 0)
+            self._call(Op.SCALE_PRIOR_FORWARD, over, (h, x, s), (logp,), numbers, (logp, h), (x, s), 8 * x.size)
 
     def scale_prior_backward(
         self,
@@ -264,56 +341,64 @@ class NumbaBackend(Backend):
         s1: Array,
         prior: int,
     ) -> None:
-        # Without ds the scale stands in for it: never written, and the kernel keeps one compiled signature.
-        layers.scale_prior_backward(dx0, s0 if ds0 is None else ds0, dlogp, h0, s0, prior, ds0 is not None)
-        layers.scale_prior_backward(dx1, s1 if ds1 is None else ds1, dlogp, h1, s1, prior, ds1 is not None)
+        for dx, ds, h, s in ((dx0, ds0, h0, s0), (dx1, ds1, h1, s1)):
+            n, k = h.shape
+            over = self._cut(k, h.size, _SLICED_ROWS, 64)
+            real = (dx, s if ds is None else ds, h, s)  # s stands in, not written
+            numbers = (n, k, prior, ds is not None)
+            self._call(Op.SCALE_PRIOR_BACKWARD, over, real, (dlogp,), numbers, (dx, ds), (dlogp, h, s), 8 * h.size)
 
     def scale_inverse(self, x0: Array, x1: Array, h0: Array, h1: Array, s0: Array, s1: Array) -> None:
-        layers.scale_inverse(x0, h0, s0)
-        layers.scale_inverse(x1, h1, s1)
+        for x, h, s in ((x0, h0, s0), (x1, h1, s1)):
+            over = self._cut(len(h), h.size, _SLICED_ROWS, 1)
+            self._call(Op.SCALE_INVERSE, over, (x, h, s), (), (*h.shape, 0, 0), (x,), (h, s), h.size)
 
     def loss(self, state: Array, dlogp: Array, logp: Array, weight: Array) -> None:
-        layers.loss(state, dlogp, logp, weight)
+        self._call(Op.LOSS, Range(1), (), (state, dlogp, logp, weight), (len(logp),), (state, dlogp), (logp, weight))
 
     # --- optimiser --------------------------------------------------------------------------------
 
     def update(
         self, p: Array, g: Array, m: Array, v: Array, offset: int, size: int, state: Array, optimizer: int
     ) -> None:
-        kernel = layers.update_adam if optimizer == OPTIMIZERS["adam"] else layers.update_rmsprop
-        self._pool.run(lambda a, b: kernel(p, g, m, v, a, b, state), offset, offset + size, _UPDATE_GRAIN)
+        owner = self._recording.owner
+        if owner is None:
+            over = self._cut(size, size, _SLICED_UPDATE, 4 * _LINE)
+            over = replace(over, start=offset)
+        else:
+            over = Range(size, 1, 1, offset, owner)
+        part = slice(offset, offset + size)
+        touched = ANY if over.parts > 1 else over.first
+        parameters, gradient, first, second = (span(array[part], touched) for array in (p, g, m, v))
+        writes, reads = (parameters, first, second), (gradient, state)
+        self._call(Op.UPDATE, over, (p, g, m, v), (state,), (optimizer,), writes, reads, 8 * size)
 
     def advance(self, state: Array) -> None:
-        state[Slot.CURSOR] += 1.0
-        if state[Slot.SKIP] != 0.0:
-            state[Slot.SKIPPED] += 1.0
-            return
-        state[Slot.STEP] += 1.0
-        rate = state[Slot.RATE]
-        state[Slot.RATE] = max(rate / state[Slot.RATE_DECAY], min(rate, state[Slot.RATE_FLOOR]))
+        self._call(Op.ADVANCE, Range(1), (), (state,), (), (state,), ())
 
     # --- random numbers ---------------------------------------------------------------------------
 
     def fill_uniform(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        key = np.uint64(seed)
-        self._pool.run(
-            lambda a, b: random.fill_uniform(out[a:b], key, purpose, epoch, first_row + a),
-            0,
-            len(out),
-            _fill_grain(out),
-        )
+        self._fill(random.fill_uniform, out, seed, purpose, epoch, first_row)
 
     def fill_normal(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        key = np.uint64(seed)
-        self._pool.run(
-            lambda a, b: random.fill_normal(out[a:b], key, purpose, epoch, first_row + a), 0, len(out), _fill_grain(out)
-        )
+        self._fill(random.fill_normal, out, seed, purpose, epoch, first_row)
 
     def fill_logistic(self, out: Array, seed: int, purpose: int, epoch: int, first_row: int = 0) -> None:
-        key = np.uint64(seed)
-        self._pool.run(
-            lambda a, b: random.fill_logistic(out[a:b], key, purpose, epoch, first_row + a),
-            0,
-            len(out),
-            _fill_grain(out),
-        )
+        self._fill(random.fill_logistic, out, seed, purpose, epoch, first_row)
+
+    def _fill(self, kernel: Any, out: Array, seed: int, purpose: int, epoch: int, first_row: int) -> None:
+        if self._recording.tape is not None:
+            raise RuntimeError("random numbers are not recorded: fill them before the step")
+        over, key = self._cut(len(out), out.size, _SLICED_UPDATE, 1), np.uint64(seed)
+
+        def fill(me: int, crew: int) -> None:
+            for part in range(me, over.parts, crew):
+                a, b = over.edge(part), over.edge(part + 1)
+                kernel(out[a:b], key, purpose, epoch, first_row + a)
+
+        self._crew.run(fill, over.parts, lambda: None)
+
+
+def _spans(touched: Sequence[Array | Span | None]) -> list[Span]:
+    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]

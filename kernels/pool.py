@@ -1,8 +1,7 @@
-"""Our own small thread pool for slices of a kernel: fixed slices, fixed order, rebuilt after fork.
+"""Our own small crew of threads: each calls one function that releases the GIL; rebuilt after fork.
 
-Kernels release the GIL, so plain threads do. Handing over a slice takes two locks, a few microseconds, since a training
-step does it a hundred times. A forked child has none of its parent's threads: the pool there starts anew instead of
-waiting for ever for workers that do not exist.
+A forked child has none of its parent's threads: the crew there starts anew instead of waiting for ever for workers that
+do not exist.
 """
 
 from __future__ import annotations
@@ -12,97 +11,110 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
-_SPIN = 1000  # times, some 0.5 ms: more than the time between the slices of a training step
-Slice = Callable[[int, int], Any]
+_SPIN = 1000  # looks, each some 0.1 ms at the most: the next step comes before, and waking a sleeping CPU takes longer
+Work = Callable[[int, int], Any]  # called with the thread's number and the number of threads
 
-_inside = threading.local()  # .slice is True in a thread that is working on a slice
-_pools: weakref.WeakSet[SlicePool] = weakref.WeakSet()
+_inside = threading.local()  # .work is True in a thread that is doing a crew's work
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
-def _wait_for(lock: threading.Lock) -> None:
-    """Acquire, awake for a while: the next slice comes within that time, and to wake a sleeping CPU takes longer."""
+def _get(queue: SimpleQueue[Any]) -> Any:
+    """The next item, awake for a while."""
     for _ in range(_SPIN):
-        if lock.acquire(blocking=False):
-            return
-        time.sleep(0)  # lets go of the GIL
-    lock.acquire()
+        try:
+            return queue.get_nowait()
+        except Empty:
+            time.sleep(0)  # lets go of the GIL
+    return queue.get()
 
 
 class _Worker:
-    """A thread that does one slice at a time: ``begin``, then ``end``."""
+    """A thread that does pieces of work in order and reports when it is asked to.
+
+    Every hand-over is one call that no signal handler can break in two, so that an interrupt at any moment leaves
+    nobody waiting for work that was never given.
+    """
 
     def __init__(self, name: str) -> None:
-        self._go, self._done = threading.Lock(), threading.Lock()
-        self._go.acquire()
-        self._done.acquire()
-        self._task: tuple[Slice, int, int] | None = None
-        self._error: BaseException | None = None
+        self._tasks: SimpleQueue[Any] = SimpleQueue()
+        self._reports: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     def _serve(self) -> None:
+        error: BaseException | None = None
         while True:
-            _wait_for(self._go)
-            if self._task is None:
+            task = _get(self._tasks)
+            if task is None:
                 return
-            try:
-                _slice(*self._task)
-            except BaseException as error:
-                self._error = error
-            self._task = None
-            self._done.release()
+            if isinstance(task, tuple):
+                try:
+                    _do(*task)
+                except BaseException as raised:
+                    error = raised
+            else:
+                self._reports.put((task, error))
+                error = None
 
-    def begin(self, function: Slice, start: int, stop: int) -> None:
-        self._task = function, start, stop
-        self._go.release()
+    def begin(self, work: Work, me: int, crew: int) -> None:
+        self._tasks.put((work, me, crew))
 
     def end(self) -> BaseException | None:
-        """Wait for the slice; what it raised, if anything."""
-        _wait_for(self._done)
-        error, self._error = self._error, None
-        return error
+        """Wait until all work given so far is done; what it raised, if anything."""
+        ticket = object()
+        self._tasks.put(ticket)
+        while True:
+            found, error = _get(self._reports)
+            if found is ticket:  # an older one's owner was interrupted while it waited
+                return error  # type: ignore[no-any-return]
 
     def dismiss(self) -> None:
-        """No more slices will come: the thread ends."""
-        self._go.release()
+        """No more work will come: the thread ends."""
+        self._tasks.put(None)
 
 
-class SlicePool:
-    """Runs ``function(start, stop)`` over equal slices of a range, one of them in the calling thread."""
+class Crew:
+    """Runs ``work(me, crew)`` in several threads at once, the calling one among them."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._workers: list[_Worker] = []
         self._free = threading.Lock()
         weakref.finalize(self, _dismiss, self._workers)
-        _pools.add(self)
+        _crews.add(self)
 
-    def run(self, function: Slice, start: int, stop: int, grain: int) -> None:
-        """Slices start at multiples of ``grain`` from ``start``; the split depends on the arguments alone.
+    def run(self, work: Work, threads: int, abort: Callable[[], None]) -> None:
+        """Call work(0, k) .. work(k - 1, k), k = min(threads, own threads); work(0, 1) where the others are busy.
 
-        Within a slice of another call all of it runs at once; while another thread has the workers, the slices run one
-        after the other in this one. Returns, or raises what a slice raised, when all slices have ended.
+        ``abort`` is called where one of them raises, or an interrupt comes before all have begun: those that wait for
+        each other must then stop waiting. Returns, or raises what one of them raised, when all have ended.
         """
-        units = -(-(stop - start) // grain)
-        parts = 1 if getattr(_inside, "slice", False) else min(self.threads, units)
-        if parts <= 1:
-            function(start, stop)
-            return
-        edges = [min(start + units * part // parts * grain, stop) for part in range(parts + 1)]
-        if not self._free.acquire(blocking=False):
-            for part in range(parts):
-                _slice(function, edges[part], edges[part + 1])
+        count = 1 if getattr(_inside, "work", False) else min(self.threads, threads)
+        if count <= 1 or not self._free.acquire(blocking=False):
+            work(0, 1)
             return
         try:
-            while len(self._workers) < parts - 1:
+            while len(self._workers) < count - 1:
                 self._workers.append(_Worker(f"nicecp-{len(self._workers) + 1}"))
-            busy = self._workers[: parts - 1]
-            for part, worker in enumerate(busy, start=1):
-                worker.begin(function, edges[part], edges[part + 1])
+            busy, done = self._workers[: count - 1], False
+
+            def guarded(me: int, crew: int) -> None:
+                try:
+                    work(me, crew)
+                except BaseException:
+                    abort()
+                    raise
+
             try:
-                _slice(function, edges[0], edges[1])
+                for me, worker in enumerate(busy, start=1):
+                    worker.begin(guarded, me, count)
+                _do(work, 0, count)
+                done = True
             finally:  # whatever happens here, nobody writes to the arrays after we have left
+                if not done:
+                    abort()
                 errors = [worker.end() for worker in busy]
             for error in errors:
                 if error is not None:
@@ -116,12 +128,12 @@ class SlicePool:
         self._free = threading.Lock()
 
 
-def _slice(function: Slice, start: int, stop: int) -> None:
-    _inside.slice = True
+def _do(work: Work, me: int, crew: int) -> None:
+    _inside.work = True
     try:
-        function(start, stop)
+        work(me, crew)
     finally:
-        _inside.slice = False
+        _inside.work = False
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -130,9 +142,9 @@ def _dismiss(workers: list[_Worker]) -> None:
 
 
 def _after_fork() -> None:
-    _inside.slice = False
-    for pool in _pools:
-        pool.forget_workers()
+    _inside.work = False
+    for crew in _crews:
+        crew.forget_workers()
 
 
 if hasattr(os, "register_at_fork"):

@@ -5,7 +5,7 @@ The halves travel as two contiguous arrays, part 0 (even features) and part 1 (o
 
 from __future__ import annotations
 
-from nicecp.kernels.backend import Array, Backend, Late
+from nicecp.kernels.backend import Array, Backend
 from nicecp.mlp import LayerReady, Layers, mlp_backward, mlp_forward
 from nicecp.spec import CouplingSpec
 
@@ -35,10 +35,9 @@ class AdditiveCoupling:
         condition: Array,
         layers: Layers,
         ready: LayerReady | None = None,
-        late: Late | None = None,
     ) -> None:
         """dy : (n, d_t), which is also dx, unchanged -> dcondition : (n, d_c), the network's part of it; grads."""
-        mlp_backward(backend, dcondition, grads, [*dys, dy], ys, condition, layers, ready, late)
+        mlp_backward(backend, dcondition, grads, [*dys, dy], ys, condition, layers, ready)
 
     def inverse(self, backend: Backend, x: Array, y: Array, condition: Array, ys: list[Array], layers: Layers) -> None:
         """x = y - m(condition); x may be y."""

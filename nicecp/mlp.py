@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from nicecp.kernels.backend import Array, Backend, Late
+from nicecp.kernels.backend import Array, Backend
 
 LayerReady = Callable[[int, int, int | None], None]
 Layers = list[tuple[Array, Array]]  # (weight (fan_in, fan_out), bias (fan_out,)) of each layer
@@ -28,14 +28,13 @@ def mlp_backward(
     x: Array,
     layers: Layers,
     ready: LayerReady | None = None,
-    late: Late | None = None,
 ) -> None:
     """dys[-1] : (n, fan_out), the loss's gradient by the output -> dx : (n, fan_in) and the gradients of every layer.
 
     dys[j] for hidden layers is scratch of ys[j]'s shape; dys[-1] is left as it is. dx and grads may be None.
     ready(j, start, stop) is called as soon as the gradients of elements start..stop-1 of layer j's weight are complete
-    and these elements are no longer needed, perhaps by several threads at once; ready(j, size of the weight, None) when
-    the bias's are. late : see Backend.dense_backward.
+    and these elements are no longer needed; ready(j, size of the weight, None) when the bias's are. See
+    Backend.dense_backward.
     """
     last = len(layers) - 1
     for j in range(last, -1, -1):
@@ -44,7 +43,7 @@ def mlp_backward(
         weight = layers[j][0]
         o = weight.shape[1]
         rows = None if ready is None else partial(_rows_ready, ready, j, o)
-        backend.dense_backward(below, dw, db, dys[j], ys[j], x if j == 0 else ys[j - 1], weight, j < last, rows, late)
+        backend.dense_backward(below, dw, db, dys[j], ys[j], x if j == 0 else ys[j - 1], weight, j < last, rows)
         if ready is not None:
             ready(j, weight.size, None)
 

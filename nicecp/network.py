@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from nicecp.coupling import COUPLINGS
-from nicecp.kernels.backend import PRIORS, Array, Backend, Late
+from nicecp.kernels.backend import PRIORS, Array, Backend
 from nicecp.params import Layout, Range, Views
 from nicecp.spec import ModelSpec
 
@@ -96,10 +96,10 @@ class Network:
     ) -> None:
         """ws.dlogp (the loss's gradient by each row's log-density) -> grads and, if want_dx, ws.dx.
 
-        Needs a workspace with keep after forward. ready(range) is called, perhaps by several threads at once, when the
+        Needs a workspace with keep after forward. ready(range) is called when the
         gradients of that range of the flat buffer are complete and its parameters will not be read again.
         """
-        dx, layout, late = ws.dx, self.layout, Late()
+        dx, layout = ws.dx, self.layout
         if dx is None:
             raise ValueError("backward needs a workspace that keeps activations")
         ds0, ds1 = grads.scaling if grads is not None else (None, None)
@@ -121,12 +121,9 @@ class Network:
                 ws.conditions[k],
                 params.couplings[k],
                 None if ready is None else partial(_part_ready, ready, ranges),
-                late,
             )
             if dcondition is not None:
                 self.backend.couple(dx[c], dx[c], dcondition, 1)
-        for call in late.values():
-            call()
 
     def inverse(self, ws: Workspace, params: Views) -> None:
         """ws.h -> ws.x (a workspace without keep: in place)."""

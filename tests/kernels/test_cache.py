@@ -55,6 +55,34 @@ def test_no_folder_that_can_be_written(tmp_path: Path) -> None:
     assert cache_hits(blocked, tmp_path, HOME=str(blocked), XDG_CACHE_HOME=str(blocked)) == 0
 
 
+CHANGED = """
+import numpy as np
+from nicecp.kernels import _numba_layers as layers
+state = np.ones(64)
+layers.advance(state)
+print(sum(layers.advance.stats.cache_hits.values()), int((state == 2.0).argmax()))
+"""
+
+
+def test_a_change_in_another_file_is_noticed(tmp_path: Path) -> None:
+    """Numba looks at the function's own file; numbers and functions that it takes from others are compiled in."""
+    package = tmp_path / "nicecp"
+    shutil.copytree(Path(nicecp.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def run() -> list[str]:
+        words = [sys.executable, "-P", "-c", CHANGED]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert run() == ["0", "2"]
+    assert run() == ["1", "2"]
+    backend = package / "kernels" / "backend.py"
+    text = backend.read_text()
+    assert "CURSOR = 2 " in text
+    backend.write_text(text.replace("CURSOR = 2 ", "CURSOR = 1 "))
+    assert run() == ["0", "1"]
+
+
 def test_a_full_disk_while_saving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     from numba.core import config
