@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -14,21 +14,22 @@ import nicecp
 from benchmarks.cases import BETA1, BETA2, EPSILON, RATE, SEED, Case
 from benchmarks.machine import versions
 from nicecp.kernels.backend import Purpose, Slot
+from nicecp.kernels.numba_backend import NumbaBackend
+from nicecp.kernels.tape import Op, Tape
 from nicecp.optimizers import AdaM
 from nicecp.preprocessing import Dequantize, Standardize
 from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import TrainConfig, Trainer
 
-PARTS = {  # method of the backend -> part of the step; inner calls are taken out of outer ones
-    "load_batch": "loading",
-    "dense_forward": "bias and ReLU",
-    "dense_backward": "bias and ReLU",
-    "couple": "couplings",
-    "scale_prior_forward": "prior and loss",
-    "scale_prior_backward": "prior and loss",
-    "loss": "prior and loss",
-    "update": "update",
+PARTS = {  # part of the step -> its calls on the tape
+    "matrix products, bias and ReLU": (Op.DENSE_FORWARD, Op.DENSE_BACKWARD),
+    "update": (Op.UPDATE,),
+    "mask and bias gradients": (Op.BIAS_RELU_BACKWARD,),
+    "prior and loss": (Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD, Op.LOSS),
+    "loading": (Op.LOAD_BYTES, Op.LOAD_FLOATS),
+    "couplings": (Op.COUPLE,),
+    "barriers": (),
 }
 
 
@@ -80,40 +81,24 @@ class Ours:
         return seconds
 
     def breakdown(self, steps: int) -> dict[str, float]:
-        """Seconds per step of every part, by a clock around each call; the rest is Python and reading windows."""
-        clock = Clock()
-        backend, matmul = self.trainer.backend, np.matmul
-        for method, part in PARTS.items():
-            setattr(backend, method, clock.around(getattr(backend, method), part))
-        np.matmul = clock.around(matmul, "matrix products")  # type: ignore[assignment]
-        try:
-            total = self.run(steps)
-        finally:
-            np.matmul = matmul
-            for method in PARTS:
-                delattr(backend, method)
-        parts = {name: seconds / steps for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
-        return parts | {"rest": total / steps - sum(parts.values())}
+        """Seconds per step of every part on its own and of all together: threads do different parts side by side."""
+        trainer = self.trainer
+        backend = trainer.backend
+        assert isinstance(backend, NumbaBackend)
+        whole = backend.write_down(trainer._step)
+        seconds = {}
+        for name, calls in [*PARTS.items(), ("all", tuple(range(64)))]:
+            rows = [row for row in whole.rows if row[0] in (Op.BARRIER, *calls)]
+            run = backend.player(Tape(rows, whole.arrays, whole.work, whole.dtype))
+            taken = []
+            with backend.computing():
+                for _ in range(steps + 1):  # the first one warms up
+                    trainer.state[Slot.CURSOR] = trainer.state[Slot.SKIP] = 0
+                    start = perf_counter()
+                    run()
+                    taken.append(perf_counter() - start)
+            seconds[name] = median(taken[1:])
+        return seconds
 
     def about(self) -> dict[str, Any]:
         return {"threads": self.threads, "nicecp": nicecp.__version__, **versions("numpy", "numba")}
-
-
-class Clock:
-    """Seconds by part, each without what inner calls account for."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inner = 0.0  # seconds accounted for by calls inside the running one
-
-    def around(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            before, self._inner = self._inner, 0.0
-            start = perf_counter()
-            result = function(*args, **kwargs)
-            elapsed = perf_counter() - start
-            self.seconds[part] += elapsed - self._inner
-            self._inner = before + elapsed
-            return result
-
-        return timed
