@@ -40,6 +40,27 @@ def bias_relu_forward(y, b, relu, start, stop):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def row_forward(y, x, w, start, stop):  # type: ignore[no-untyped-def]
+    """Columns start..stop-1 of y : (o,) = x : (i,) @ w : (i, o), which is read once and in the order of its memory."""
+    row = y[start:stop]
+    row[:] = y.dtype.type(0)
+    for k in range(x.shape[0]):
+        factor, weight = x[k], w[k, start:stop]
+        for c in range(row.shape[0]):
+            row[c] += factor * weight[c]
+
+
+@kernel
+def row_backward(dx, dy, w, start, stop):  # type: ignore[no-untyped-def]
+    """Columns start..stop-1 of dx : (i,) = dy : (o,) @ w.T, w : (i, o)."""
+    for k in range(start, stop):
+        total, weight = dx.dtype.type(0), w[k]
+        for c in range(dy.shape[0]):
+            total += dy[c] * weight[c]
+        dx[k] = total
+
+
+@kernel
 def bias_relu_backward(dy, db, y, relu, with_db, start, stop):  # type: ignore[no-untyped-def]
     """Columns start..stop-1 of dy : (n, o) = 0 where y <= 0 if relu; db : (o,) = sum of dy over rows, in row order."""
     zero = dy.dtype.type(0)

@@ -77,11 +77,16 @@ def _products(code, at, number, a, b, gemm, one):  # type: ignore[no-untyped-def
     n, i, o, relu = number[0], number[1], number[2], number[3] != 0
     if code == _DENSE_FORWARD:  # columns of y
         y, x, w = at[0], at[1], at[2]
-        gemm_rows(gemm, one, y + a * size, o, x, i, False, w + a * size, o, False, n, b - a, i)
+        if n == 1:  # BLAS would copy all of w first
+            layers.row_forward(_vector(y, o, one), _vector(x, i, one), _matrix(w, i, o, one), a, b)
+        else:
+            gemm_rows(gemm, one, y + a * size, o, x, i, False, w + a * size, o, False, n, b - a, i)
         layers.bias_relu_forward(_matrix(y, n, o, one), _vector(at[3], o, one), relu, a, b)
         return
     dx, dw, dy, x, w = at[0], at[1], at[2], at[3], at[4]  # columns of dx, rows of dw
-    if dx != 0:
+    if dx != 0 and n == 1:
+        layers.row_backward(_vector(dx, i, one), _vector(dy, o, one), _matrix(w, i, o, one), a, b)
+    elif dx != 0:
         gemm_rows(gemm, one, dx + a * size, i, dy, o, False, w + a * o * size, o, True, n, b - a, o)
     if dw != 0:
         gemm_rows(gemm, one, dw + a * o * size, o, x + a * size, i, True, dy, o, False, b - a, o, n)

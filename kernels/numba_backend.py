@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -18,6 +18,7 @@ from nicecp.kernels import _numba_random as random
 from nicecp.kernels._numba_native import gemm_address
 from nicecp.kernels._numba_tape import replay
 from nicecp.kernels.backend import ALIGNMENT, Array, Backend, Ready, Slot
+from nicecp.kernels.blas_threads import blas_threads
 from nicecp.kernels.pool import Crew
 from nicecp.kernels.tape import ANY, Op, Range, Span, Tape, span
 
@@ -33,49 +34,6 @@ def available_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-class _BlasThreads:
-    """BLAS has one number of threads for the process: the first call in saves it, the last one out restores it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._controller: Any = None
-        self._saved: Any = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-
-    @contextmanager
-    def limit(self, threads: int) -> Iterator[None]:
-        with self._lock:
-            if self._controller is None:
-                from threadpoolctl import ThreadpoolController
-
-                self._controller = ThreadpoolController()
-            limiter = self._controller.limit(limits=threads, user_api="blas")
-            if self._inside == 0:
-                self._saved = limiter
-            self._inside += 1
-            era = self._lock
-        try:
-            yield
-        finally:
-            with self._lock:
-                if self._lock is era:  # else a fork came between, and this is the child: it has restored them
-                    self._inside -= 1
-                    if self._inside == 0:
-                        self._saved.restore_original_limits()
-
-    def _after_fork(self) -> None:
-        """The threads that were inside, and perhaps held the lock, stayed in the parent."""
-        self._lock = threading.Lock()
-        if self._inside:
-            self._inside = 0
-            self._saved.restore_original_limits()
-
-
-_blas_threads = _BlasThreads()
 
 
 class _Recording(threading.local):
@@ -137,7 +95,7 @@ class NumbaBackend(Backend):
         if self.blas_threads is None:
             return nullcontext()
         gemm_address(np.float64)  # loads the BLAS whose threads are limited
-        return _blas_threads.limit(1)
+        return blas_threads.limit(1)
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -174,7 +132,8 @@ class NumbaBackend(Backend):
         """Put a call on the tape that is being recorded, or carry it out. writes, reads : arrays, or Spans of them."""
         recording = self._recording.tape
         tape = Tape() if recording is None else recording
-        tape.add(op, over, real, other, numbers, _spans(writes), _spans(reads), work)
+        several = self._parts > 1 and recording is not None  # else nobody waits for anybody
+        tape.add(op, over, real, other, numbers, _spans(writes, several), _spans(reads, several), work)
         if recording is None:
             self.player(tape)()
 
@@ -400,5 +359,7 @@ class NumbaBackend(Backend):
         self._crew.run(fill, over.parts, lambda: None)
 
 
-def _spans(touched: Sequence[Array | Span | None]) -> list[Span]:
+def _spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
+    if not several:
+        return []
     return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]

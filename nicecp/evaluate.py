@@ -96,19 +96,27 @@ class Evaluator:
         for window in self._reader:
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
-            for i in range(window.n_batches):
-                host = np.zeros(Slot.SIZE)
-                host[Slot.EPOCH], host[Slot.CURSOR] = epoch, i
-                backend.copy_in(self._state, host)
+
+            def score(data: Array = data, index: Array = index, rows: Array = rows) -> None:
                 backend.load_batch(
                     *ws.x, ws.weight, data, index, rows, self._shift, self._scale, self._state, seed, self.split.purpose
                 )
-                with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the result
-                    self.flow.network.forward(ws, views)
+                self.flow.network.forward(ws, views)
+
+            self._at(epoch, 0)
+            recorded = backend.record(score)
+            for i in range(window.n_batches):
+                self._at(epoch, i)
+                recorded()
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
         return out
+
+    def _at(self, epoch: int, batch: int) -> None:
+        host = np.zeros(Slot.SIZE)
+        host[Slot.EPOCH], host[Slot.CURSOR] = epoch, batch
+        self.flow.backend.copy_in(self._state, host)
 
     def run(self, views: Views, seed: int, epoch: int) -> Evaluation:
         """Evaluate with the parameters in ``views``; noise is keyed by (seed, row, epoch). An overflow gives NaN."""

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from nicecp.calls import Call, Calls
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
-from nicecp.network import Halves, Network, Workspace
+from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.records import DataInfo, Parameters
@@ -121,6 +122,7 @@ class NICE:
         self.network = Network(spec, backend)
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
+        self._calls = Calls(self.network, self._views)
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -183,11 +185,10 @@ class NICE:
         rows, shape = self._rows(x)
         out = np.empty(len(rows), np.float64)
 
-        def score(ws: Workspace, at: slice) -> None:
-            self.network.forward(ws, self._views)
-            out[at] = self.backend.copy_out(ws.logp)
+        def score(call: Call, at: slice) -> None:
+            out[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run(score, rows)
+        bad = self._run("density", rows, score)
         out += self._preprocessing_log_det
         self._refuse_overflow(np.isnan(out) & ~bad, "log_prob")
         out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
@@ -204,17 +205,13 @@ class NICE:
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
-        def differentiate(ws: Workspace, at: slice) -> None:
-            self.network.forward(ws, self._views)
-            self.backend.copy_in(ws.dlogp, np.ones(ws.n))
-            self.network.backward(ws, self._views, None, want_dx=True)
-            assert ws.dx is not None
-            gradient = self._joined(ws.dx, ws.n).astype(np.float64, copy=False)
+        def differentiate(call: Call, at: slice) -> None:
+            gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
             for step in reversed(self.preprocessing):
                 gradient = step.backward(gradient)
             out[at] = gradient
 
-        bad = self._run(differentiate, rows, keep=True)
+        bad = self._run("gradient", rows, differentiate)
         self._refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
         out[bad] = np.nan
         return out.reshape(*shape, self.n_features)
@@ -232,7 +229,7 @@ class NICE:
         ws = self.network.workspace(n, keep=True)
         flat = self.backend.alloc(self.network.layout.size, self.spec.dtype)
         with self.backend.computing():
-            self._load(ws, z)
+            self._load(ws.x, z)
             self.network.forward(ws, self._views)
             self.backend.copy_in(ws.dlogp, np.full(n, -1.0 / n))
             self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
@@ -246,11 +243,10 @@ class NICE:
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
-        def transform(ws: Workspace, at: slice) -> None:
-            self.network.forward(ws, self._views)
-            out[at] = self._joined(ws.h, ws.n)
+        def transform(call: Call, at: slice) -> None:
+            out[at] = self.backend.copy_out(call.out)
 
-        out[self._run(transform, rows)] = np.nan
+        out[self._run("latent", rows, transform)] = np.nan
         return self._with_log_det(out, shape, self.network.log_det(self._views) + self._preprocessing_log_det)
 
     def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
@@ -264,11 +260,11 @@ class NICE:
 
     def _invert(self, out: FloatArray, h: FloatArray) -> None:
         """h : (n, d) -> out : (n, d) in data space, one chunk."""
-        ws = self.network.workspace(len(h), keep=False)
-        with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
-            self._load(ws, h)
-            self.network.inverse(ws, self._views)
-            x = self._joined(ws.x, ws.n).astype(np.float64, copy=False)
+        with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
+            self._load(call.ws.h, h)
+            call.run()
+            x = self.backend.copy_out(call.out).astype(np.float64, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
             for step in reversed(self.preprocessing):
                 x = step.inverse(x)
         out[...] = x
@@ -351,30 +347,22 @@ class NICE:
                 f"{what} of row {int(np.argmax(rows))} is not a number though the row is: the flow overflows there"
             )
 
-    def _load(self, ws: Workspace, z: FloatArray) -> None:
-        self.backend.copy_in(ws.x[0], z[:, 0::2])
-        self.backend.copy_in(ws.x[1], z[:, 1::2])
+    def _load(self, halves: Halves, z: FloatArray) -> None:
+        self.backend.copy_in(halves[0], z[:, 0::2])
+        self.backend.copy_in(halves[1], z[:, 1::2])
 
-    def _run(
-        self, handle: Callable[[Workspace, slice], None], rows: NDArray[Any], keep: bool = False
-    ) -> NDArray[np.bool_]:
-        """Preprocess rows in chunks and hand them over in a workspace -> (n,) which of them are not finite."""
+    def _run(self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]) -> NDArray[np.bool_]:
+        """Preprocess rows, run passes over chunks of them and hand these over -> (n,) which rows are not finite."""
         bad = np.empty(len(rows), np.bool_)
-        ws: Workspace | None = None
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), CHUNK):
                 at = slice(start, min(start + CHUNK, len(rows)))
                 z, bad[at] = self._to_inputs(np.asarray(rows[at], np.float64))
-                if ws is None or ws.n != len(z):
-                    ws = self.network.workspace(len(z), keep)
-                self._load(ws, z)
-                handle(ws, at)
+                with self._calls.borrow(kind, len(z)) as call:
+                    self._load(call.ws.x, z)
+                    call.run()
+                    take(call, at)
         return bad
-
-    def _joined(self, halves: Halves, n: int) -> NDArray[Any]:
-        out = self.backend.alloc((n, self.n_features), self.spec.dtype)
-        self.backend.join(out, *halves)
-        return self.backend.copy_out(out)
 
     def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: float) -> tuple[FloatArray, Any]:
         rows = rows.reshape(*shape, self.n_features)
