@@ -30,6 +30,11 @@ def hidden_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def laws(text: str) -> tuple[str, ...]:
+    """'affine', or several laws: 'affine,additive'."""
+    return tuple(part.strip().lower() for part in text.split(","))
+
+
 def duration(text: str) -> float:
     """Seconds: '30s', '5min', '1.5h'; a plain number is minutes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())

@@ -15,6 +15,7 @@ from nicecp.cli.options import (
     duration,
     hidden_sizes,
     json_option,
+    laws,
     machine_options,
     value_range,
 )
@@ -28,6 +29,7 @@ EXAMPLES = """\
   nicecp train --data demo
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
+  nicecp train --data table.h5 --coupling affine --hidden 2x64 --out table-run.h5
   nicecp train --data cifar10.h5 --range -1,1 --hidden 4x2000 --dry-run
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
@@ -83,6 +85,13 @@ def _number_options(function: Any) -> Any:
     help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none.",
 )
 @click.option("--couplings", type=click.IntRange(1, 1024), show_default=PRESET, help="Coupling layers.")
+@click.option(
+    "--coupling",
+    type=laws,
+    metavar="LAW[,LAW...]",
+    show_default="additive",
+    help="What a coupling does: additive (shifts), multiplicative (scales) or affine (both); several take turns.",
+)
 @click.option(
     "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."
 )
@@ -200,7 +209,19 @@ def train(
 
 # Settings under the names of their options, where these differ by more than dashes.
 _OPTIONS = {name: option for option, name, _, _ in _NUMBERS} | {"range": "--range", "value_range": "--range"}
-_NAMES = ("epochs", "batch_size", "hidden", "couplings", "prior", "patience", "seed", "dtype", "preset", "optimizer")
+_NAMES = (
+    "epochs",
+    "batch_size",
+    "hidden",
+    "couplings",
+    "coupling",
+    "prior",
+    "patience",
+    "seed",
+    "dtype",
+    "preset",
+    "optimizer",
+)
 _OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction")}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -9,6 +9,7 @@ import numpy as np
 from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
+from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
 from nicecp.kernels._numba_random import load_bytes, load_floats
 from nicecp.kernels.backend import Slot
@@ -22,6 +23,7 @@ _MATMUL, _DENSE_FORWARD, _DENSE_BACKWARD = Op.MATMUL, Op.DENSE_FORWARD, Op.DENSE
 _BIAS_RELU_BACKWARD, _COUPLE, _LOSS = Op.BIAS_RELU_BACKWARD, Op.COUPLE, Op.LOSS
 _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
+_FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
 _STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
@@ -114,6 +116,24 @@ def _elementwise(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _factors(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
+    if code == _ACCUMULATE:
+        accumulate(_vector(at[0], number[0], _DOUBLE), _vector(at[1], number[0], _DOUBLE))
+        return
+    k, affine, n, size = number[0], number[1] != 0, b - a, item_size(one)  # rows
+    width, skipped = k * (2 if affine else 1), a * k * size
+    if code == _FACTOR_FORWARD:
+        y, x = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + skipped, n, k, one)
+        m, log_det = _matrix(at[2] + a * width * size, n, width, one), _vector(at[3] + 8 * a, n, _DOUBLE)
+        factor_forward(y, log_det, x, m, affine, number[2] < 0, number[3] != 0)
+        return
+    dx, dm = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + a * width * size, n, width, one)
+    dy, x = _matrix(at[2] + skipped, n, k, one), _matrix(at[3] + skipped, n, k, one)
+    m, dlog_det = _matrix(at[4] + a * width * size, n, width, one), _vector(at[5] + 8 * a, n, _DOUBLE)
+    factor_backward(dx, dm, dy, dlog_det, x, m, affine)
+
+
+@kernel
 def _scale_prior(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
     n, k, prior, switch, size = number[0], number[1], number[2], number[3] != 0, item_size(one)
     if code == _SCALE_PRIOR_BACKWARD:  # columns
@@ -184,5 +204,7 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _load(code, at, number, a, b, one)
             elif code == _SCALE_PRIOR_FORWARD or code == _SCALE_PRIOR_BACKWARD or code == _SCALE_INVERSE:
                 _scale_prior(code, at, number, a, b, one)
+            elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
+                _factors(code, at, number, a, b, one)
             else:
                 _elementwise(code, at, number, a, b, one)

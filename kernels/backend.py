@@ -75,6 +75,7 @@ class Purpose:
 
 
 PRIORS = {"gaussian": 0, "logistic": 1}
+FACTOR_BOUND = 3.0  # nats: a coupling's factor lies between exp(-3) and exp(3), 0.05 and 20
 OPTIMIZERS = {"adam": 0, "rmsprop": 1}
 
 
@@ -199,6 +200,33 @@ class Backend(ABC):
 
         Its own backward is the identity on x and sign on m.  Source: Dinh et al. 2015, section 3.2.
         """
+
+    @abstractmethod
+    def factor_forward(
+        self, y: Array, log_det: Array, x: Array, m: Array, affine: bool, sign: int, first: bool
+    ) -> None:
+        """y = x * exp(a) + b for sign = 1, its inverse y = (x - b) * exp(-a) for -1; y, x : (n, k), y may be x.
+
+        m : (n, k), or (n, 2k) if affine, a network's output: u in its first k columns, b in the others (else 0), and
+        a = B tanh(u / B), B = FACTOR_BOUND. So the factor exp(a) is never 0 and cannot overflow, and a is u to third
+        order around 0; the price is that one coupling stretches a feature at most 20 times and that beyond |u| of about
+        2 B it hardly learns any more: more couplings reach further.
+        log_det : (n,) float64 = (first) or += sign * sum(a).  Pair: factor_backward.
+        Source: Dinh et al. 2015, section 3.2 (multiplicative, affine).
+        """
+
+    @abstractmethod
+    def factor_backward(
+        self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array, affine: bool
+    ) -> None:
+        """dx = dy * exp(a); dm by u: (dy x exp(a) + dlog_det) (1 - (a / B)^2), by b: dy.  Pair: factor_forward, sign 1.
+
+        dx, dy, x : (n, k), dx may be dy; dm, m : (n, k) or (n, 2k); dlog_det : (n,) float64.
+        """
+
+    @abstractmethod
+    def accumulate(self, out: Array, x: Array) -> None:
+        """out += x, both (n,) float64."""
 
     # --- scaling, prior, loss ---------------------------------------------------------------------
 

@@ -276,6 +276,24 @@ class NumbaBackend(Backend):
         over = self._cut(y.size, y.size, _SLICED_UPDATE, _LINE // y.itemsize)
         self._call(Op.COUPLE, over, (y, x, m), (), (sign,), (y,), (x, m), y.size)
 
+    def factor_forward(
+        self, y: Array, log_det: Array, x: Array, m: Array, affine: bool, sign: int, first: bool
+    ) -> None:
+        over = self._cut(len(x), m.size, _SLICED_ROWS, 1)
+        numbers = (x.shape[1], affine, sign, first)
+        reads = (x, m) if first else (x, m, log_det)
+        self._call(Op.FACTOR_FORWARD, over, (y, x, m), (log_det,), numbers, (y, log_det), reads, 8 * m.size)
+
+    def factor_backward(
+        self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array, affine: bool
+    ) -> None:
+        over = self._cut(len(x), m.size, _SLICED_ROWS, 1)
+        real, reads = (dx, dm, dy, x, m), (dy, dlog_det, x, m)
+        self._call(Op.FACTOR_BACKWARD, over, real, (dlog_det,), (x.shape[1], affine), (dx, dm), reads, 8 * m.size)
+
+    def accumulate(self, out: Array, x: Array) -> None:
+        self._call(Op.ACCUMULATE, Range(1), (), (out, x), (len(out),), (out,), (x,))
+
     # --- scaling, prior, loss ---------------------------------------------------------------------
 
     def scale_prior_forward(

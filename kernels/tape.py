@@ -36,6 +36,9 @@ class Op:
     LOSS = 13
     UPDATE = 14
     ADVANCE = 15
+    FACTOR_FORWARD = 16
+    FACTOR_BACKWARD = 17
+    ACCUMULATE = 18
 
 
 class Field:

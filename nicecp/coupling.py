@@ -5,44 +5,122 @@ The halves travel as two contiguous arrays, part 0 (even features) and part 1 (o
 
 from __future__ import annotations
 
-from nicecp.kernels.backend import Array, Backend
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.kernels.backend import FACTOR_BOUND, Array, Backend
 from nicecp.mlp import LayerReady, Layers, mlp_backward, mlp_forward
 from nicecp.spec import CouplingSpec
 
 
-class AdditiveCoupling:
-    """y_t = x_t + m(x_c), y_c = x_c: the Jacobian's determinant is 1."""
+@dataclass(frozen=True)
+class Buffers:
+    """What one coupling reads and writes for n rows.
 
-    law = "additive"
+    x, y : (n, d_t) the half that it changes, before and after (one array without keep); condition : (n, d_c); ys : the
+    network's layer outputs, m last; dys : gradients by all of them, the last one None where it is y's; log_det : (n,)
+    float64, or None while all couplings preserve volume; first : whether log_det is begun here.
+    """
+
+    x: Array
+    y: Array
+    condition: Array
+    ys: list[Array]
+    dys: list[Array]
+    log_det: Array | None
+    first: bool
+
+
+class Coupling(ABC):
+    """A law: what to do with the network's output m. Forward, backward below it, inverse."""
 
     def __init__(self, spec: CouplingSpec) -> None:
         self.conditions_on = spec.conditions_on
         self.transforms = spec.transforms
 
-    def forward(self, backend: Backend, y: Array, x: Array, condition: Array, ys: list[Array], layers: Layers) -> None:
-        """y, x : (n, d_t), condition : (n, d_c); ys are the network's layer outputs. y may be x."""
-        mlp_forward(backend, ys, condition, layers)
-        backend.couple(y, x, ys[-1], 1)
+    def forward(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+        """at.x -> at.y, and at.log_det where the law has one."""
+        mlp_forward(backend, at.ys, at.condition, layers)
+        self.apply(backend, at, 1)
 
     def backward(
         self,
         backend: Backend,
+        at: Buffers,
         dcondition: Array | None,
         grads: Layers | None,
         dy: Array,
-        dys: list[Array],
-        ys: list[Array],
-        condition: Array,
+        dlogp: Array,
         layers: Layers,
         ready: LayerReady | None = None,
     ) -> None:
-        """dy : (n, d_t), which is also dx, unchanged -> dcondition : (n, d_c), the network's part of it; grads."""
-        mlp_backward(backend, dcondition, grads, [*dys, dy], ys, condition, layers, ready)
+        """dy : (n, d_t) becomes dx in place -> dcondition : (n, d_c), the network's part of it; grads.
 
-    def inverse(self, backend: Backend, x: Array, y: Array, condition: Array, ys: list[Array], layers: Layers) -> None:
-        """x = y - m(condition); x may be y."""
-        mlp_forward(backend, ys, condition, layers)
-        backend.couple(x, y, ys[-1], -1)
+        dlogp : (n,) float64, the loss's gradient by each row's log-density, of which log_det is a summand.
+        """
+        dm = self.apply_backward(backend, at, dy, dlogp)
+        mlp_backward(backend, dcondition, grads, [*at.dys[:-1], dm], at.ys, at.condition, layers, ready)
+
+    def inverse(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+        """at.y -> at.x, which may be one array."""
+        mlp_forward(backend, at.ys, at.condition, layers)
+        self.apply(backend, at, -1)
+
+    @abstractmethod
+    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+        """The law with m = at.ys[-1]: x -> y for sign 1, y -> x for -1."""
+
+    @abstractmethod
+    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+        """dy -> dx in place; returns the gradient by m."""
 
 
-COUPLINGS = {AdditiveCoupling.law: AdditiveCoupling}
+class AdditiveCoupling(Coupling):
+    """y_t = x_t + m(x_c), y_c = x_c: the Jacobian's determinant is 1."""
+
+    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+        source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
+        backend.couple(target, source, at.ys[-1], sign)
+
+    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+        return dy
+
+
+class FactorCoupling(Coupling):
+    """y_t = x_t exp(a) [+ b], y_c = x_c, a (and b) from m(x_c): see Backend.factor_forward. log det is sum(a)."""
+
+    affine = False
+
+    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+        source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
+        backend.factor_forward(target, at.log_det, source, at.ys[-1], self.affine, sign, at.first)
+
+    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+        backend.factor_backward(dy, at.dys[-1], dy, dlogp, at.x, at.ys[-1], self.affine)
+        return at.dys[-1]
+
+
+class AffineCoupling(FactorCoupling):
+    """A factor and a shift."""
+
+    affine = True
+
+
+COUPLINGS: dict[str, type[Coupling]] = {
+    "additive": AdditiveCoupling,
+    "multiplicative": FactorCoupling,
+    "affine": AffineCoupling,
+}
+
+
+def apply_law(law: str, x: NDArray[Any], m: NDArray[Any]) -> NDArray[Any]:
+    """A law in plain NumPy, for checks: x : (n, k), m : (n, k), (n, 2k) if affine -> y : (n, k)."""
+    k = x.shape[1]
+    y: NDArray[Any] = x + m[:, :k]
+    if law != "additive":
+        y = x * np.exp(FACTOR_BOUND * np.tanh(m[:, :k] / FACTOR_BOUND))
+    return y + m[:, k:] if law == "affine" else y

@@ -30,7 +30,7 @@ FloatArray = NDArray[np.float64]
 
 
 class NICE:
-    """A normalizing flow with additive couplings, exact log-density, inverse and sampling.
+    """A normalizing flow of coupling layers, exact log-density, inverse and sampling.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ class NICE:
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
     seed : int
         Of the initial weights, 0 <= seed < 2**64.
+    coupling : "additive", "multiplicative" or "affine", or several of these
+        The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
     init : "paper" or "he"
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
@@ -64,13 +66,15 @@ class NICE:
         dtype: DTypeLike = "auto",
         seed: int = 0,
         *,
+        coupling: str | Sequence[str] = "additive",
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"))
+        laws = coupling if isinstance(coupling, str) else tuple(coupling)
+        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
         name = "float64" if open_dtype else dtype_name(dtype)
         spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
@@ -243,27 +247,34 @@ class NICE:
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
+        log_det = np.full(len(rows), self.network.log_det(self._views) + self._preprocessing_log_det)
+
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
+            if call.ws.log_det is not None:
+                log_det[at] += self.backend.copy_out(call.ws.log_det)
 
         out[self._run("latent", rows, transform)] = np.nan
-        return self._with_log_det(out, shape, self.network.log_det(self._views) + self._preprocessing_log_det)
+        return self._with_log_det(out, shape, log_det)
 
     def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape = self._rows(h, integers=True)
         out = np.empty(rows.shape, np.float64)
+        log_det = np.full(len(rows), -self.network.log_det(self._views) - self._preprocessing_log_det)
         for start in range(0, len(rows), CHUNK):
-            self._invert(out[start : start + CHUNK], np.asarray(rows[start : start + CHUNK], np.float64))
-        log_det = -self.network.log_det(self._views) - self._preprocessing_log_det
+            at = slice(start, start + CHUNK)
+            self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64))
         return self._with_log_det(out, shape, log_det)
 
-    def _invert(self, out: FloatArray, h: FloatArray) -> None:
-        """h : (n, d) -> out : (n, d) in data space, one chunk."""
+    def _invert(self, out: FloatArray, log_det: FloatArray, h: FloatArray) -> None:
+        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings', one chunk."""
         with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
             self._load(call.ws.h, h)
             call.run()
             x = self.backend.copy_out(call.out).astype(np.float64, copy=False)
+            if call.ws.log_det is not None:
+                log_det += self.backend.copy_out(call.ws.log_det)
         with np.errstate(over="ignore", invalid="ignore"):
             for step in reversed(self.preprocessing):
                 x = step.inverse(x)
@@ -290,7 +301,7 @@ class NICE:
             part = out[start : start + CHUNK]
             h = self.backend.alloc(part.shape, np.float64)
             fill(h, seed, Purpose.SAMPLE, 0, start)
-            self._invert(part, self.backend.copy_out(h))
+            self._invert(part, np.zeros(len(part)), self.backend.copy_out(h))
         return out
 
     # --- files ------------------------------------------------------------------------------------
@@ -364,9 +375,9 @@ class NICE:
                     take(call, at)
         return bad
 
-    def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: float) -> tuple[FloatArray, Any]:
+    def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: FloatArray) -> tuple[FloatArray, Any]:
         rows = rows.reshape(*shape, self.n_features)
-        return rows, log_det if shape == () else np.full(shape, log_det)
+        return rows, float(log_det[0]) if shape == () else log_det.reshape(shape)
 
 
 def _rebuild(

@@ -6,11 +6,12 @@ Nothing here keeps state between calls but the layout: parameters and workspaces
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from nicecp.coupling import COUPLINGS
+from nicecp.coupling import COUPLINGS, Buffers
 from nicecp.kernels.backend import PRIORS, Array, Backend
 from nicecp.params import Layout, Range, Views
 from nicecp.spec import ModelSpec
@@ -21,8 +22,8 @@ Halves = tuple[Array, Array]  # (n, d0), (n, d1)
 class Workspace:
     """Buffers for n rows. keep=False: scoring and sampling, in place. keep=True: activations are kept for backward.
 
-    x : (n, d0), (n, d1) inputs, overwritten in place unless keep; h : the same shapes, latent; logp, dlogp, weight :
-    (n,) float64; dx : gradients by the halves (keep only).
+    x : (n, d0), (n, d1) inputs, overwritten in place unless keep; h : the same shapes, latent; logp, dlogp, weight,
+    log_det (of the couplings; None if they preserve volume) : (n,) float64; dx : gradients by the halves (keep only).
     """
 
     def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool) -> None:
@@ -37,31 +38,32 @@ class Workspace:
         self.logp = backend.alloc(n, np.float64)
         self.dlogp = backend.alloc(n, np.float64)
         self.weight = backend.alloc(n, np.float64)
+        self.log_det: Array | None = None if spec.volume_preserving else backend.alloc(n, np.float64)
         sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
         widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
         # Two scratch buffers take turns: activations when scoring, their gradients in the backward pass.
-        self._scratch = [backend.alloc(n * widest, dtype) for _ in range(2)]
-        self._shift = halves()  # a network's output, then its input gradient
-        self.ys: list[list[Array]] = []
-        self.dys: list[list[Array]] = []
-        self.out: list[Array] = []  # keep: the changed half after each coupling
+        scratch = [backend.alloc(n * widest, dtype) for _ in range(2)]
+        output = backend.alloc(n * max(layers[-1] for layers in sizes), dtype)  # a network's, or the gradient by it
+        self.dcondition = halves() if keep else None
+        self.couplings: list[Buffers] = []
+        parts_now, begun = list(self.x), False
         for k, layers in enumerate(sizes):
-            turns = [self._scratch[j % 2][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])]
-            kept = [backend.alloc((n, size), dtype) for size in layers[1:-1]] if keep else turns
-            transforms = spec.couplings[k].transforms
-            self.ys.append([*kept, self._shift[transforms]])
-            self.dys.append(turns)
-            if keep:
-                self.out.append(backend.alloc((n, parts[transforms]), dtype))
-        # keep: the half that each coupling reads, as it is then
-        parts_now = list(self.x)
-        self.conditions: list[Array] = []
-        for k, coupling in enumerate(spec.couplings):
-            self.conditions.append(parts_now[coupling.conditions_on])
-            if keep:
-                parts_now[coupling.transforms] = self.out[k]
+            coupling = spec.couplings[k]
+            turns = [scratch[j % 2][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])]
+            hidden = [backend.alloc((n, size), dtype) for size in layers[1:-1]] if keep else turns
+            shared = output[: n * layers[-1]].reshape(n, layers[-1])
+            factor = coupling.law != "additive"
+            m = backend.alloc((n, layers[-1]), dtype) if keep and factor else shared
+            x = parts_now[coupling.transforms]
+            y = backend.alloc((n, parts[coupling.transforms]), dtype) if keep else x
+            condition = parts_now[coupling.conditions_on]
+            self.couplings.append(
+                Buffers(x, y, condition, [*hidden, m], [*turns, shared], self.log_det if factor else None, not begun)
+            )
+            begun = begun or factor
+            parts_now[coupling.transforms] = y
+        self.y = parts_now[0], parts_now[1]  # behind the last coupling
         self.dx = halves() if keep else None
-        self.dcondition = self._shift
 
 
 class Network:
@@ -77,14 +79,12 @@ class Network:
         return Workspace(self.backend, self.spec, n, keep)
 
     def forward(self, ws: Workspace, params: Views) -> None:
-        """ws.x -> ws.h and ws.logp = log p(h) + sum(s), in nats per row.  Pair: backward."""
-        parts = [ws.x[0], ws.x[1]]
-        for k, coupling in enumerate(self.couplings):
-            x, condition = parts[coupling.transforms], parts[coupling.conditions_on]
-            y = ws.out[k] if ws.keep else x
-            coupling.forward(self.backend, y, x, condition, ws.ys[k], params.couplings[k])
-            parts[coupling.transforms] = y
-        self.backend.scale_prior_forward(ws.logp, *ws.h, parts[0], parts[1], *params.scaling, self.prior)
+        """ws.x -> ws.h and ws.logp = log p(h) + sum(s) + log det of the couplings, in nats per row.  Pair: backward."""
+        for coupling, at, layers in zip(self.couplings, ws.couplings, params.couplings, strict=True):
+            coupling.forward(self.backend, at, layers)
+        self.backend.scale_prior_forward(ws.logp, *ws.h, *ws.y, *params.scaling, self.prior)
+        if ws.log_det is not None:
+            self.backend.accumulate(ws.logp, ws.log_det)
 
     def backward(
         self,
@@ -96,11 +96,11 @@ class Network:
     ) -> None:
         """ws.dlogp (the loss's gradient by each row's log-density) -> grads and, if want_dx, ws.dx.
 
-        Needs a workspace with keep after forward. ready(range) is called when the
-        gradients of that range of the flat buffer are complete and its parameters will not be read again.
+        Needs a workspace with keep after forward. ready(range) is called when the gradients of that range of the flat
+        buffer are complete and its parameters will not be read again.
         """
         dx, layout = ws.dx, self.layout
-        if dx is None:
+        if dx is None or ws.dcondition is None:
             raise ValueError("backward needs a workspace that keeps activations")
         ds0, ds1 = grads.scaling if grads is not None else (None, None)
         self.backend.scale_prior_backward(*dx, ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
@@ -113,12 +113,11 @@ class Network:
             dcondition = ws.dcondition[c] if want_dx or k > 0 else None
             coupling.backward(
                 self.backend,
+                ws.couplings[k],
                 dcondition,
                 grads.couplings[k] if grads is not None else None,
                 dx[coupling.transforms],
-                ws.dys[k],
-                ws.ys[k],
-                ws.conditions[k],
+                ws.dlogp,
                 params.couplings[k],
                 None if ready is None else partial(_part_ready, ready, ranges),
             )
@@ -126,15 +125,16 @@ class Network:
                 self.backend.couple(dx[c], dx[c], dcondition, 1)
 
     def inverse(self, ws: Workspace, params: Views) -> None:
-        """ws.h -> ws.x (a workspace without keep: in place)."""
+        """ws.h -> ws.x and ws.log_det, of the inverse (a workspace without keep: in place)."""
         self.backend.scale_inverse(*ws.x, *ws.h, *params.scaling)
+        begun = False
         for k in range(len(self.couplings) - 1, -1, -1):
-            coupling = self.couplings[k]
-            x, condition = ws.x[coupling.transforms], ws.x[coupling.conditions_on]
-            coupling.inverse(self.backend, x, x, condition, ws.ys[k], params.couplings[k])
+            at = replace(ws.couplings[k], first=not begun)
+            begun = begun or at.log_det is not None
+            self.couplings[k].inverse(self.backend, at, params.couplings[k])
 
     def log_det(self, params: Views) -> float:
-        """log abs det of the Jacobian, the same for every row: sum(s), in nats."""
+        """log abs det of the scaling, the same for every row: sum(s), in nats."""
         s0, s1 = (self.backend.copy_out(part).astype(np.float64) for part in params.scaling)
         return float(s0.sum() + s1.sum())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nicecp.kernels.backend import PRIORS
 from nicecp.optimizers import AdaM, Optimizer, optimizer_from
-from nicecp.spec import DTYPES, ModelSpec, alternating
+from nicecp.spec import DTYPES, LAWS, ModelSpec, alternating
 
 VALID_FRACTION = 1 / 6
 RANGE = (0.0, 1.0)
@@ -82,14 +82,16 @@ class Settings:
     standardize: bool
     allow_constant: bool
     window: int
+    coupling: tuple[str, ...] = ("additive",)  # laws, gone through again and again
 
     def model_spec(self, n_features: int) -> ModelSpec:
-        return ModelSpec(n_features, alternating(self.hidden, self.couplings), self.prior, self.dtype)
+        return ModelSpec(n_features, alternating(self.hidden, self.couplings, self.coupling), self.prior, self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["hidden"], values["value_range"] = list(self.hidden), list(self.value_range)
+        for name in ("hidden", "value_range", "coupling"):
+            values[name] = list(values[name])
         values["optimizer"] = {"kind": self.optimizer.kind, **asdict(self.optimizer)}
         return values
 
@@ -100,8 +102,10 @@ class Settings:
         optimizer = dict(given.pop("optimizer"))
         low, high = given.pop("value_range")
         hidden = tuple(int(size) for size in given.pop("hidden"))
+        laws = tuple(str(law) for law in given.pop("coupling", ("additive",)))  # the first files know no others
         settings = cls(
             hidden=hidden,
+            coupling=laws,
             value_range=(float(low), float(high)),
             optimizer=optimizer_from(str(optimizer.pop("kind")), optimizer),
             **given,
@@ -185,6 +189,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
     if settings.init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {settings.init!r}")
+    if not settings.coupling or any(law not in LAWS for law in settings.coupling):
+        raise ValueError(f"the coupling's laws must be of {', '.join(LAWS)}, got {_shown(settings.coupling)}")
     if any(size < 1 for size in settings.hidden):
         raise ValueError(f"hidden sizes must be at least 1, got {settings.hidden}")
     for name in ("epochs", "batch_size", "couplings"):

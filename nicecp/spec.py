@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from nicecp.kernels.backend import PRIORS
 
 DTYPES = ("float32", "float64")
-LAWS = ("additive",)
+LAWS = {"additive": 1, "multiplicative": 1, "affine": 2}  # network outputs for each feature that is changed
 PARTITIONS = ("odd-even",)
 
 
@@ -98,7 +98,13 @@ class ModelSpec:
     def layer_sizes(self, coupling: int) -> tuple[int, ...]:
         """Sizes of a coupling network's layers: (fan_in, *hidden, fan_out)."""
         spec = self.couplings[coupling]
-        return (self.part_sizes[spec.conditions_on] + self.n_context, *spec.hidden, self.part_sizes[spec.transforms])
+        fan_out = LAWS[spec.law] * self.part_sizes[spec.transforms]
+        return (self.part_sizes[spec.conditions_on] + self.n_context, *spec.hidden, fan_out)
+
+    @property
+    def volume_preserving(self) -> bool:
+        """Whether the couplings are: log abs det is then sum(log_scale) for every row."""
+        return all(coupling.law == "additive" for coupling in self.couplings)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of every parameter as users and checkpoints see them, in storage order.
@@ -125,6 +131,12 @@ class ModelSpec:
         return total
 
 
-def alternating(hidden: tuple[int, ...], n_couplings: int, law: str = "additive") -> tuple[CouplingSpec, ...]:
-    """Couplings that alternate which half they change, the first changing the odd features (section 5.1)."""
-    return tuple(CouplingSpec(law, k % 2, 1 - k % 2, tuple(hidden)) for k in range(n_couplings))
+def alternating(
+    hidden: tuple[int, ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
+) -> tuple[CouplingSpec, ...]:
+    """Couplings that alternate which half they change, the first changing the odd features (section 5.1).
+
+    law : of all couplings, or a tuple that is gone through again and again.
+    """
+    laws = (law,) if isinstance(law, str) else law
+    return tuple(CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, tuple(hidden)) for k in range(n_couplings))

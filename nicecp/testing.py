@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nicecp.coupling import apply_law
 from nicecp.flow import NICE
 from nicecp.records import Parameters
 from nicecp.spec import ModelSpec
@@ -324,8 +325,7 @@ def _rms(values: Floats) -> float:
 
 
 def _require(condition: bool, message: str) -> None:
-    """An assertion that python -O keeps."""
-    if not condition:
+    if not condition:  # an assertion that python -O keeps
         raise AssertionError(message)
 
 
@@ -363,7 +363,7 @@ def _hidden(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tupl
             if j < len(coupling.hidden):
                 yield name, y
                 y = np.maximum(product + bias, 0)  # again: the reader may have written the bias
-        parts[coupling.transforms] = parts[coupling.transforms] + y
+        parts[coupling.transforms] = apply_law(coupling.law, parts[coupling.transforms], y)
 
 
 def _units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:

@@ -25,21 +25,33 @@ CENTRAL = 1e-8  # of the gradient's norm; measured: below 1e-9
 
 
 def make_spec(
-    d: int, hidden: Sequence[Sequence[int]], prior: str = "logistic", dtype: str = "float64", first: int = 0
+    d: int,
+    hidden: Sequence[Sequence[int]],
+    prior: str = "logistic",
+    dtype: str = "float64",
+    first: int = 0,
+    laws: Sequence[str] = ("additive",),
 ) -> ModelSpec:
-    """One coupling for every entry of hidden, alternating, the first one conditioned on part ``first``."""
+    """One coupling for every entry of hidden, alternating, the first conditioned on part ``first``; laws in turn."""
     couplings = tuple(
-        CouplingSpec("additive", (first + k) % 2, 1 - (first + k) % 2, tuple(h)) for k, h in enumerate(hidden)
+        CouplingSpec(laws[k % len(laws)], (first + k) % 2, 1 - (first + k) % 2, tuple(h)) for k, h in enumerate(hidden)
     )
     return ModelSpec(d, couplings, prior, dtype)
 
 
 def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
-    """Parameters of order 1 that the flow's dtype represents, so that every gradient is of order 1 as well."""
+    """Parameters of order 1 that the flow's dtype represents, so that every gradient is of order 1 as well.
+
+    Output layers of couplings with a factor are smaller: several factors of 20 in a row would leave sums of numbers of
+    very different sizes, and their rounding.
+    """
     rng = np.random.default_rng(seed)
     out = {}
     for name, shape in spec.parameter_shapes().items():
         size = np.sqrt(1.5 / shape[0]) if name.endswith("weight") else 0.4
+        _, k, _, j, _ = f"{name}////".split("/")[:5]
+        if name.startswith("couplings") and spec.couplings[int(k)].law != "additive":
+            size *= 0.3 if int(j) == len(spec.couplings[int(k)].hidden) else 1.0
         out[name] = (size * rng.standard_normal(shape)).astype(spec.dtype).astype(float)
     return out
 
@@ -52,7 +64,7 @@ def kink_distance(spec: ModelSpec, parameters: dict[str, F64], z: F64) -> F64:
         outputs = oracle.network(parameters, k, parts[c.conditions_on])
         for x, (w, b) in zip(outputs[:-2], oracle.layers(parameters, k)[:-1], strict=True):
             distance = np.minimum(distance, np.abs(x @ w + b).min(axis=1))
-        parts[c.transforms] = parts[c.transforms] + outputs[-1]
+        parts[c.transforms] = oracle.couple(c.law, parts[c.transforms], outputs[-1])[0]
     return distance
 
 
@@ -197,7 +209,7 @@ def gate_density(flow: NICE, x: F64) -> None:
     h, s = oracle.forward(flow.spec, host_parameters(flow), z)
     got, got_log_det = flow.forward(x)
     assert_near(got, h, tolerance, "h")
-    assert_near(got_log_det, np.full(len(x), s + log_det), tolerance, "log_det")
+    assert_near(got_log_det, s + np.full(len(x), log_det), tolerance, "log_det")
 
 
 def gate_round_trip(flow: NICE, x: F64) -> None:

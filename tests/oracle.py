@@ -226,20 +226,53 @@ def network(parameters: Parameters, coupling: int, x: NDArray[Any]) -> list[NDAr
     return outputs
 
 
+BOUND = 3.0  # of a factor's logarithm, in nats
+
+
+def split_output(law: str, m: NDArray[Any]) -> tuple[Any, Any]:
+    """A network's output -> u, of which the factor is exp(B tanh(u / B)), and the shift: section 3.2."""
+    if law == "additive":
+        return None, m
+    return (m[:, : m.shape[1] // 2], m[:, m.shape[1] // 2 :]) if law == "affine" else (m, 0.0)
+
+
+def couple(law: str, x: NDArray[Any], m: NDArray[Any], sign: int = 1) -> tuple[NDArray[Any], Any]:
+    """x : (n, k) -> the law's y, or its inverse, and log abs det : (n,)."""
+    u, shift = split_output(law, m)
+    if u is None:
+        return x + sign * shift, np.zeros(len(x))
+    a = BOUND * np.tanh(u / BOUND)
+    return (x * np.exp(a) + shift if sign == 1 else (x - shift) * np.exp(-a)), sign * a.sum(axis=1)
+
+
+def couple_backward(law: str, dy: F64, dlog_det: F64, x: F64, m: F64) -> tuple[F64, F64]:
+    """-> dx, dm."""
+    u, _ = split_output(law, m)
+    if u is None:
+        return dy, dy
+    tanh = np.tanh(u / BOUND)
+    dx = dy * np.exp(BOUND * tanh)
+    du = (dx * x + dlog_det[:, None]) * (1 - tanh**2)
+    return dx, np.hstack([du, dy]) if law == "affine" else du
+
+
 def forward(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> tuple[NDArray[Any], Any]:
-    """x : (n, d) -> h : (n, d), log abs det (the same for every row): sections 3.2 and 3.3."""
-    parts = [x[:, 0::2], x[:, 1::2]]
+    """x : (n, d) -> h : (n, d), log abs det : (n,): sections 3.2 and 3.3."""
+    parts, log_det = [x[:, 0::2], x[:, 1::2]], 0.0
     for k, c in enumerate(spec.couplings):
-        parts[c.transforms] = parts[c.transforms] + network(parameters, k, parts[c.conditions_on])[-1]
+        m = network(parameters, k, parts[c.conditions_on])[-1]
+        parts[c.transforms], more = couple(c.law, parts[c.transforms], m)
+        log_det = log_det + more
     s = parameters["scaling/log_scale"]
-    return interleave(*parts, spec.n_features) * np.exp(s), s.sum()
+    return interleave(*parts, spec.n_features) * np.exp(s), log_det + s.sum()
 
 
 def inverse(spec: ModelSpec, parameters: Parameters, h: NDArray[Any]) -> NDArray[Any]:
     y = h * np.exp(-parameters["scaling/log_scale"])
     parts = [y[:, 0::2], y[:, 1::2]]
     for k, c in reversed(list(enumerate(spec.couplings))):
-        parts[c.transforms] = parts[c.transforms] - network(parameters, k, parts[c.conditions_on])[-1]
+        m = network(parameters, k, parts[c.conditions_on])[-1]
+        parts[c.transforms] = couple(c.law, parts[c.transforms], m, -1)[0]
     return interleave(*parts, spec.n_features)
 
 
@@ -257,17 +290,19 @@ def gradients(spec: ModelSpec, parameters: Parameters, x: F64) -> tuple[dict[str
     """By hand: -> d mean_loss / d parameters by name, d log_prob(x_i) / d x_i : (n, d)."""
     n, d = x.shape
     parts = [x[:, 0::2], x[:, 1::2]]
-    saved = []
+    saved, before = [], []
     for k, c in enumerate(spec.couplings):
         saved.append(network(parameters, k, parts[c.conditions_on]))
-        parts[c.transforms] = parts[c.transforms] + saved[-1][-1]
+        before.append(parts[c.transforms])
+        parts[c.transforms] = couple(c.law, before[-1], saved[-1][-1])[0]
     s = parameters["scaling/log_scale"]
     h = interleave(*parts, d) * np.exp(s)
     grads: dict[str, F64] = {}
     dy, grads["scaling/log_scale"] = scale_prior_backward(np.full(n, -1 / n), h, s, spec.prior)
     dparts = [dy[:, 0::2].copy(), dy[:, 1::2].copy()]
     for k, c in reversed(list(enumerate(spec.couplings))):
-        dz, pairs = dparts[c.transforms], layers(parameters, k)
+        pairs, dlogp = layers(parameters, k), np.full(n, -1 / n)
+        dparts[c.transforms], dz = couple_backward(c.law, dparts[c.transforms], dlogp, before[k], saved[k][-1])
         for j in reversed(range(len(pairs))):
             x_j, y_j = saved[k][j], saved[k][j + 1]
             name = f"couplings/{k}/layers/{j}"

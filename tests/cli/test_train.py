@@ -224,6 +224,25 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(os.listdir()) == before
 
 
+def test_laws_of_the_couplings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    laws = ["--coupling", "affine,additive"]
+    out, _ = run(["train", "--data", "table.h5", "--epochs", "2", *SMALL, *laws], capsys)
+    assert "3 couplings, additive with hidden 6, affine with hidden 6, logistic prior" in out
+    flow, record = load_run("run.h5")
+    assert [coupling.law for coupling in flow.spec.couplings] == ["affine", "additive", "affine"]
+    assert record is not None
+    assert record.config["settings"]["coupling"] == ["affine", "additive"]
+    run(["train", "--resume", "run.h5", "--epochs", "3", *laws], capsys)
+    assert load_run("run.h5")[1].epoch == 3  # type: ignore[union-attr]
+    assert main(["train", "--resume", "run.h5", "--coupling", "affine"]) == 2
+    assert "--coupling is affine,additive in the run, affine was asked for" in capsys.readouterr().err
+    assert main(["train", "--data", "table.h5", "--out", "b.h5", "--coupling", "afine"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "additive, multiplicative, affine, got afine" in err
+    assert not Path("b.h5").exists()
+
+
 # --- a process of its own ---------------------------------------------------------------------------------------------
 
 

@@ -177,6 +177,33 @@ def check_couple(backend: Backend, dtype: str, n: int, k: int, sign: int, aliase
         device.close(device_x, x, "x must stay", 0)
 
 
+def check_factor_forward(
+    backend: Backend, dtype: str, n: int, k: int, law: str, sign: int, aliased: bool = False, first: bool = True
+) -> None:
+    device = Device(backend, dtype)
+    x, m = device.normal(n, k), 2 * device.normal(n, k * (2 if law == "affine" else 1))
+    device_x, log_det = device.put(x), device.out(n, dtype="float64")
+    y = device_x if aliased else device.out(n, k)
+    backend.factor_forward(y, log_det, device_x, device.put(m), law == "affine", sign, first)
+    expected, expected_log_det = oracle.couple(law, x, m, sign)
+    device.close(y, expected, f"{law}, sign {sign}")
+    # m is exact in either dtype and sums are float64: no more than rounding
+    assert_close(device.get(log_det), expected_log_det + (0 if first else SENTINEL), 1e-13, "log_det")
+
+
+def check_factor_backward(backend: Backend, dtype: str, n: int, k: int, law: str, aliased: bool = False) -> None:
+    device = Device(backend, dtype)
+    x, dy, m = device.normal(n, k), device.normal(n, k), 2 * device.normal(n, k * (2 if law == "affine" else 1))
+    dlog_det = device.rng.standard_normal(n)
+    device_dy, dm = device.put(dy), device.out(*m.shape)
+    dx = device_dy if aliased else device.out(n, k)
+    arrays = (device_dy, device.put(dlog_det, "float64"), device.put(x), device.put(m))
+    backend.factor_backward(dx, dm, *arrays, law == "affine")
+    expected_dx, expected_dm = oracle.couple_backward(law, dy, dlog_det, x, m)
+    device.close(dx, expected_dx, "dx")
+    device.close(dm, expected_dm, "dm")
+
+
 def check_scale_prior_forward(backend: Backend, dtype: str, n: int, d: int, prior: str, aliased: bool) -> None:
     device = Device(backend, dtype)
     x, s = 3 * device.normal(n, d), device.normal(d) / 2

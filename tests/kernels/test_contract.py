@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nicecp.kernels.backend import ALIGNMENT, PRIORS, Backend, Purpose
+from nicecp.kernels.backend import ALIGNMENT, FACTOR_BOUND, PRIORS, Backend, Purpose
 from tests import oracle
 from tests.kernels import checks
 from tests.kernels.checks import Device, halves, new_state
@@ -190,6 +190,49 @@ def test_dense_forward_keeps_nan(backend: Backend, dtype: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_couple(backend: Backend, dtype: str, n: int, d: int, sign: int, aliased: bool) -> None:
     checks.check_couple(backend, dtype, n, d, sign, aliased)
+
+
+FACTORS = pytest.mark.parametrize("law", ["multiplicative", "affine"])
+
+
+@DTYPES
+@ROWS_COLUMNS
+@FACTORS
+@pytest.mark.parametrize("sign", [1, -1])
+def test_factor_forward(backend: Backend, dtype: str, n: int, d: int, law: str, sign: int) -> None:
+    checks.check_factor_forward(backend, dtype, n, d, law, sign)
+    checks.check_factor_forward(backend, dtype, n, d, law, sign, aliased=True, first=False)
+
+
+@DTYPES
+@ROWS_COLUMNS
+@FACTORS
+def test_factor_backward(backend: Backend, dtype: str, n: int, d: int, law: str) -> None:
+    checks.check_factor_backward(backend, dtype, n, d, law)
+    checks.check_factor_backward(backend, dtype, n, d, law, aliased=True)
+
+
+@DTYPES
+def test_factors_far_out(backend: Backend, dtype: str) -> None:
+    """Never 0 and never infinite, however large the network's output; NaN stays NaN, in its own row."""
+    device = Device(backend, dtype)
+    u = np.array([[1e4], [-1e4], [1e-3], [0], [np.nan], [np.inf], [-np.inf]])
+    y, log_det, ones = device.out(7, 1), device.out(7, dtype="float64"), device.put(np.ones((7, 1)))
+    backend.factor_forward(y, log_det, ones, device.put(u), False, 1, True)
+    # the third: a = u up to u^3 / 27
+    expected = [FACTOR_BOUND, -FACTOR_BOUND, 1e-3, 0, np.nan, FACTOR_BOUND, -FACTOR_BOUND]
+    np.testing.assert_allclose(device.get(log_det), expected, rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(device.get(y)[:, 0], np.exp(expected), rtol=1e-6)
+    dx, dm, zero = device.out(7, 1), device.out(7, 1), device.put(np.zeros(7), "float64")
+    backend.factor_backward(dx, dm, ones, zero, ones, device.put(u), False)
+    np.testing.assert_allclose(device.get(dm)[[0, 1, 5, 6], 0], 0, atol=1e-12)
+
+
+def test_accumulate(backend: Backend) -> None:
+    device = Device(backend, "float32")
+    out, x = device.put(np.arange(33.0), "float64"), device.put(np.full(33, 1e-9), "float64")
+    backend.accumulate(out, x)
+    np.testing.assert_array_equal(device.get(out), np.arange(33.0) + 1e-9)
 
 
 # --- scaling and prior ------------------------

@@ -68,6 +68,9 @@ KERNEL_GATES: list[tuple[str, tuple[int, ...], Callable[[Any], None]]] = [  # op
     ("dense_forward", (0,), lambda b: checks.check_dense_forward(b, "float32", 31, 33, 5, True)),
     ("dense_backward", (0, 1, 2), lambda b: checks.check_dense_backward(b, "float32", 31, 33, 5, True, (True,) * 3)),
     ("couple", (0,), lambda b: checks.check_couple(b, "float32", 33, 7, -1, True)),
+    ("factor_forward", (0, 1), lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", 1)),
+    ("factor_backward", (0, 1), lambda b: checks.check_factor_backward(b, "float32", 33, 7, "affine")),
+    ("accumulate", (0,), lambda b: test_contract.test_accumulate(b)),
     ("scale_prior_forward", (0, 1, 2),
         lambda b: checks.check_scale_prior_forward(b, "float32", 33, 7, "logistic", True)),
     ("scale_prior_backward", (0, 1, 2, 3),
@@ -150,6 +153,12 @@ def hides_nan(original: Change, y: Any, *args: Any) -> None:
     np.nan_to_num(y, copy=False)
 
 
+def without_shift(original: Change, y: Any, log_det: Any, x: Any, m: Any, affine: bool, *args: Any) -> None:
+    m = m.copy()
+    m[:, m.shape[1] // 2 :] = 0
+    original(y, log_det, x, m, affine, *args)
+
+
 def never_skips(original: Change, state: Any, *args: Any) -> None:
     original(state, *args)
     state[Slot.SKIP] = 0
@@ -199,6 +208,14 @@ SUBTLE: dict[str, tuple[str, Change, Callable[[Any], None]]] = {
     "ReLU mask forgotten": ("dense_backward", without_mask,
         lambda b: checks.check_dense_backward(b, "float32", 31, 33, 5, True, (True, True, True))),
     "couple ignores the sign": ("couple", always_adds, lambda b: checks.check_couple(b, "float32", 33, 7, -1, False)),
+    "the inverse of a factor does not invert": ("factor_forward", with_argument(5, lambda sign: 1),
+        lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", -1)),
+    "a factor without its shift": ("factor_forward", without_shift,
+        lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", 1)),
+    "log-det of factors begun anew": ("factor_forward", with_argument(6, lambda first: True),
+        lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", 1, first=False)),
+    "log-det of factors without a gradient": ("factor_backward", with_argument(3, np.zeros_like),
+        lambda b: checks.check_factor_backward(b, "float32", 33, 7, "multiplicative")),
     "logistic density that overflows": ("scale_prior_forward", naive_logistic,
         lambda b: test_contract.test_log_density_far_out(b, "float32", "logistic")),
     "no log-det": ("scale_prior_forward", without_log_det,

@@ -45,6 +45,9 @@ def test_borders_in_parts_agree_with_the_oracle(slicing: NumbaBackend, dtype: st
     checks.check_load_batch(slicing, dtype, np.uint8, n, d)
     checks.check_load_batch(slicing, dtype, np.float32, n, d)
     checks.check_couple(slicing, dtype, n, d, -1, True)
+    for law in ("multiplicative", "affine"):
+        checks.check_factor_forward(slicing, dtype, n, d, law, -1)
+        checks.check_factor_backward(slicing, dtype, n, d, law, aliased=True)
     for prior in ("gaussian", "logistic"):
         checks.check_scale_prior_forward(slicing, dtype, n, d, prior, True)
         checks.check_scale_prior_backward(slicing, dtype, n, d, prior, True)

@@ -202,10 +202,11 @@ def documented_log_prob() -> Callable[[Any, Any], Any]:
 @pytest.mark.parametrize("prior", ["logistic", "gaussian"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n_features", [2, 5, 8])
+@pytest.mark.parametrize("law", ["additive", ("affine", "additive", "multiplicative")])
 def test_the_documented_reader_gives_the_flow_s_log_prob(
-    tmp_path: Path, prior: str, dtype: str, n_features: int
+    tmp_path: Path, prior: str, dtype: str, n_features: int, law: str | tuple[str, ...]
 ) -> None:
-    spec = ModelSpec(n_features, (*alternating((6, 4), 3), *alternating((), 1)), prior, dtype)
+    spec = ModelSpec(n_features, (*alternating((6, 4), 3, law), *alternating((), 1, law)), prior, dtype)
     rng = np.random.default_rng(7)
     steps: list[tuple[Step, ...]] = [
         (),

@@ -15,21 +15,26 @@ from nicecp.spec import ModelSpec
 from nicecp.testing import check_gradients
 from tests import gates, oracle
 
-# d, hidden layers of every coupling, which part the first coupling reads: 1 to 5 couplings, depths 0 to 3, mixed too
-SHAPES = {
-    "d2-one-linear": (2, [()], 0),
-    "d3-two": (3, [(4,), (4,)], 0),
-    "d4-three-deep": (4, [(3, 5, 4)] * 3, 0),
-    "d5-four-mixed": (5, [(), (4,), (3, 4), (4, 3, 2)], 1),
-    "d7-five": (7, [(5,)] * 5, 0),
+# d, hidden layers of every coupling, which part the first coupling reads, and the couplings' laws in turn: 1 to 5
+# couplings, depths 0 to 3, mixed too
+SHAPES: dict[str, tuple[int, list[tuple[int, ...]], int, tuple[str, ...]]] = {
+    "d2-one-linear": (2, [()], 0, ("additive",)),
+    "d3-two": (3, [(4,), (4,)], 0, ("additive",)),
+    "d4-three-deep": (4, [(3, 5, 4)] * 3, 0, ("additive",)),
+    "d5-four-mixed": (5, [(), (4,), (3, 4), (4, 3, 2)], 1, ("additive",)),
+    "d7-five": (7, [(5,)] * 5, 0, ("additive",)),
+    "d3-one-multiplicative": (3, [()], 1, ("multiplicative",)),
+    "d5-multiplicative": (5, [(4,), (3, 4), (4,)], 0, ("multiplicative",)),
+    "d4-affine": (4, [(3, 4)] * 3, 0, ("affine",)),
+    "d5-all-laws": (5, [(4,), (), (3, 4), (4,), (3,)], 1, ("additive", "affine", "multiplicative")),
 }
 EACH_SHAPE = pytest.mark.parametrize("shape", list(SHAPES))
 EACH_PRIOR = pytest.mark.parametrize("prior", ["gaussian", "logistic"])
 
 
 def spec_of(shape: str, prior: str, dtype: str = "float64") -> ModelSpec:
-    d, hidden, first = SHAPES[shape]
-    return gates.make_spec(d, hidden, prior, dtype, first)
+    d, hidden, first, laws = SHAPES[shape]
+    return gates.make_spec(d, hidden, prior, dtype, first, laws)
 
 
 @EACH_SHAPE
@@ -92,8 +97,9 @@ def test_a_wide_flow_and_more_rows_than_a_chunk(one_backend: Backend, dtype: str
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("init", ["paper", "he"])
-def test_check_gradients_passes_fresh_flows(dtype: str, init: str) -> None:
-    flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, init=init, seed=3)
+@pytest.mark.parametrize("coupling", ["additive", "multiplicative", "affine", ("affine", "additive")])
+def test_check_gradients_passes_fresh_flows(dtype: str, init: str, coupling: str | tuple[str, ...]) -> None:
+    flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, init=init, seed=3, coupling=coupling)
     before = flow.parameters()
     report = check_gradients(flow, np.random.default_rng(0).normal(size=(4, 5)))
     assert report.rows == 4
@@ -145,13 +151,14 @@ def test_check_gradients_refuses_what_it_cannot_check(x: np.ndarray) -> None:
 
 @EACH_PRIOR
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_density_integrates_to_one(one_backend: Backend, prior: str, dtype: str) -> None:
+@pytest.mark.parametrize("laws", [("additive",), ("affine",)])
+def test_the_density_integrates_to_one(one_backend: Backend, prior: str, dtype: str, laws: tuple[str, ...]) -> None:
     """Over a grid in data space that holds all but 1e-5 of the mass, standardised columns included."""
-    spec = gates.make_spec(2, [(5,), (4,), (5,)], prior, dtype)
+    spec = gates.make_spec(2, [(5,), (4,), (5,)], prior, dtype, laws=laws)
     flow, _ = gates.make_flow(spec, one_backend, preprocessing=gates.standardize(2))
     edge = flow.sample(4000, 3)
     reach = 2.2 * np.abs(edge - edge.mean(axis=0)).max(axis=0)
-    axes = [np.linspace(m - r, m + r, 700) for m, r in zip(edge.mean(axis=0), reach, strict=True)]
+    axes = [np.linspace(m - r, m + r, 1400) for m, r in zip(edge.mean(axis=0), reach, strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
     cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
     assert np.exp(flow.log_prob(grid)).sum() * cell == pytest.approx(1, abs=1e-4)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nicecp.coupling import Buffers
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.preprocessing import Standardize
@@ -225,16 +226,58 @@ def test_preprocessing_without_its_log_det_is_refused(
     refuses(ALL_GATES[gate], *good)
 
 
+LAWS = gates.make_spec(4, [(3,), (), (2, 2)], laws=("affine", "multiplicative", "additive"))
+
+
+def no_log_det(original: Change, y: Any, log_det: Any, *rest: Any) -> None:
+    original(y, log_det, *rest)
+    log_det[...] = 0
+
+
+def no_log_det_gradient(original: Change, dx: Any, dm: Any, dy: Any, dlog_det: Any, *rest: Any) -> None:
+    original(dx, dm, dy, np.zeros_like(dlog_det), *rest)
+
+
+def scaled_gradient(original: Change, dx: Any, dm: Any, *args: Any) -> None:
+    original(dx, dm, *args)
+    dm *= 1.01
+
+
+def last_log_det_alone(original: Change, *args: Any) -> None:
+    original(*args[:-1], True)
+
+
+FACTOR_MUTANTS: dict[str, tuple[dict[str, Change], tuple[str, ...]]] = {
+    "no log-det": ({"factor_forward": no_log_det}, ("log-det", "density", "complex-step", "check-gradients")),
+    "not added": ({"accumulate": lambda original, out, x: None}, ("density", "complex-step", "check-gradients")),
+    "of the last coupling alone": ({"factor_forward": last_log_det_alone}, ("log-det", "density", "check-gradients")),
+    "without a gradient": ({"factor_backward": no_log_det_gradient}, tuple(GRADIENT_GATES)),
+    "gradient scaled": ({"factor_backward": scaled_gradient}, tuple(GRADIENT_GATES)),
+}
+
+
+@pytest.mark.parametrize("mistake", list(FACTOR_MUTANTS))
+def test_factors_that_are_wrong_are_refused(one_backend: Backend, mistake: str) -> None:
+    flow, x = gates.make_flow(LAWS, one_backend)
+    changes, names = FACTOR_MUTANTS[mistake]
+    for name in names:
+        ALL_GATES[name](rebuilt(NICE, flow, Mutant(one_backend)), x)
+        refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, **changes)), x)
+
+
 @pytest.mark.parametrize("coupling", range(len(SPEC.couplings)))
 def test_skipped_couplings_are_refused(good: tuple[NICE, Any], coupling: int) -> None:
     flow, x = rebuilt(NICE, good[0], Mutant(good[0].backend)), good[1]  # recorded passes would not notice
 
-    def skip(backend: Backend, x: Any, y: Any, *rest: Any) -> None:
-        x[...] = y
+    def skip_forward(backend: Backend, at: Buffers, layers: Any) -> None:
+        at.y[...] = at.x
 
-    flow.network.couplings[coupling].inverse = skip  # type: ignore[method-assign]
+    def skip_inverse(backend: Backend, at: Buffers, layers: Any) -> None:
+        at.x[...] = at.y
+
+    flow.network.couplings[coupling].inverse = skip_inverse  # type: ignore[method-assign]
     refuses(gates.gate_round_trip, flow, x)
-    flow.network.couplings[coupling].forward = skip  # type: ignore[method-assign]
+    flow.network.couplings[coupling].forward = skip_forward  # type: ignore[method-assign]
     np.testing.assert_allclose(flow.inverse(flow.forward(x)[0])[0], x, rtol=1e-10)  # now both skip, and agree
     for gate in (gates.gate_round_trip, gates.gate_density, gates.gate_complex_step):
         refuses(gate, flow, x)

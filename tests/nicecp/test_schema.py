@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "dtype of other arrays": (attr("/model", "dtype", "float32"), "should be float32, is float64"),
     "precision": (attr("/model", "precision", "int4"), "'precision'"),
     "partition": (attr("/model", "partition", "halves"), "unknown partition 'halves'"),
-    "law": (attr("/model/couplings/0", "law", "affine"), "unknown coupling law 'affine'"),
+    "law": (attr("/model/couplings/0", "law", "cubic"), "unknown coupling law 'cubic'"),
     "parts alike": (attr("/model/couplings/0", "transforms", 0), "transforms the other"),
     "part 2": (attr("/model/couplings/0", "transforms", 2), "outside 0..1"),
     "parts exchanged": (
