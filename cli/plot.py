@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from nicecp.cli.inpaint import bar, inpainting_options, report_text
 from nicecp.cli.options import SEED, F, command, data_name, debug_option, machine_options
 
 GROUP_EXAMPLES = """\b
@@ -14,6 +15,7 @@ Examples:
   nicecp plot spectrum run.h5 --out spectrum.png
   nicecp plot manifold run.h5 --seed 3 --out manifold.png
   nicecp plot curve run.h5 --out curve.pdf
+  nicecp plot inpainting run.h5 --data mnist.h5 --chains 1 --out inpainting.png
 
 Figures are drawn by matplotlib: pip install 'nicecp[plot]'
 """
@@ -31,6 +33,10 @@ MANIFOLD = """\
 """
 CURVE = """\
   nicecp plot curve run.h5 --out curve.png
+"""
+INPAINTING = """\
+  nicecp plot inpainting run.h5 --data mnist.h5 --chains 1 --out inpainting.png
+  nicecp plot inpainting run.h5 --data mnist.h5 --mask top --gradient-scale 0.01 --iterations 3000 --out top.pdf
 """
 
 
@@ -109,5 +115,26 @@ def curve(checkpoint: str, out: str, **options: Any) -> None:
     _draw("curve", checkpoint, out, **options)
 
 
-for _command in (samples, spectrum, manifold, curve):
+@command("inpainting", INPAINTING)
+@output_options
+@inpainting_options
+@machine_options
+def inpainting(
+    checkpoint: str, out: str, overwrite: bool, dpi: int, data: str, mask: str, iterations: int, **options: Any
+) -> None:
+    """Images before and after CHECKPOINT's flow filled in hidden pixels (figure 6); see nicecp inpaint."""
+    from nicecp import plot as library
+    from nicecp.inpainting import inpaint_images
+    from nicecp.outputs import check_output
+
+    library.check_figure_name(out)
+    check_output(out, overwrite, checkpoint, data, mask)
+    library.new_figure(1, 1)
+    with bar(iterations) as progress:
+        painted = inpaint_images(checkpoint, data, mask, iterations=iterations, progress=progress, **options)
+    library.write_figure(library.inpainting_figure(painted), out, overwrite, dpi)
+    click.echo(f"{report_text(painted)}\n{out}: inpainting of {checkpoint}")
+
+
+for _command in (samples, spectrum, manifold, curve, inpainting):
     plot.add_command(_command)

@@ -20,6 +20,7 @@ from nicecp.checkpoint import load_run
 from nicecp.errors import CheckpointError, MissingExtra, about_file
 from nicecp.flow import NICE
 from nicecp.images import grid
+from nicecp.inpainting import Painted, blocks
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend, require_memory
 from nicecp.outputs import check_output
@@ -160,6 +161,27 @@ def curve_figure(record: RunRecord) -> Figure:
     axes.set(title="Learning curve", xlabel="epoch", ylabel="mean log-likelihood, nats per row")
     axes.legend()
     axes.grid(alpha=0.3)
+    return figure
+
+
+def inpainting_figure(painted: Painted) -> Figure:
+    """Originals, initial states, results (figure 6) and, with several chains, their means; a row for every mask."""
+    m, n = len(painted.names), len(painted.original)
+    pictures = {title: grid(images, n) for title, images in blocks(painted).items()}
+    height, width = next(iter(pictures.values())).shape[:2]
+    # Blocks beside one another, or, where each is a single row of images, below one another.
+    down, across = (1, len(pictures)) if m > 1 else (len(pictures), 1)
+    inches = 3.2 / width if m > 1 else 6.0 / width
+    figure = new_figure(across * width * inches + 1.2, down * (height * inches + 0.4) + 0.2)
+    every = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (title, picture) in zip(every, pictures.items(), strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set(title=title, xticks=[], yticks=[])
+    if m > 1:
+        step = (height - 2) / m
+        every[0].set_yticks([2 + step * (k + 0.5) for k in range(m)], painted.names)
+    else:
+        every[0].set_ylabel(painted.names[0])
     return figure
 
 

@@ -72,6 +72,10 @@ class Dequantize:
         level = np.floor((np.asarray(x, np.float64) - self.low) * (self.levels / (self.high - self.low)))
         return np.clip(level, 0, self.levels - 1).astype(np.uint8)
 
+    def middle(self, level: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Levels k (or means of them) -> the middle of their bins in data space."""
+        return np.asarray(self.low + (self.high - self.low) * (np.asarray(level, np.float64) + 0.5) / self.levels)
+
     def attrs(self) -> dict[str, Scalar]:
         return {"low": self.low, "high": self.high, "levels": self.levels}
 

@@ -201,7 +201,7 @@ def example_rows(flow: NICE, split: Split, n: int) -> NDArray[np.float64]:
     rows = np.asarray(head(split, n).load()[0][:n], np.float64)
     for step in flow.preprocessing:
         if isinstance(step, Dequantize):
-            return step.low + (step.high - step.low) * (rows + 0.5) / step.levels
+            return step.middle(rows)
     return rows
 
 

@@ -21,6 +21,7 @@ from nicecp.flow import NICE
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [[name] for name in COMMANDS] + [["data", name] for name in ("demo", "csv", "idx")]
+ALL += [["plot", name] for name in ("samples", "spectrum", "manifold", "curve", "inpainting")]
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)

@@ -1,0 +1,398 @@
+"""Inpainting: masks, the ascent against a plain re-implementation, reports and files, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import nicecp.inpainting
+from nicecp.checkpoint import load
+from nicecp.cli.main import main
+from nicecp.data import open_source
+from nicecp.errors import TrainingError
+from nicecp.flow import NICE
+from nicecp.inpaint import inpaint
+from nicecp.kernels.backend import Purpose
+from nicecp.masks import MASKS, named_mask
+from nicecp.plot import inpainting_figure
+from nicecp.preprocessing import Dequantize
+from nicecp.records import DataInfo
+from tests.nicecp.test_images import decode_png
+
+SHAPE = (6, 4)
+
+
+def flow_of(shape: tuple[int, ...] = SHAPE, low: float = 0.0, high: float = 1.0, steps: bool = True) -> NICE:
+    d = int(np.prod(shape))
+    spec = dataclasses.replace(NICE(d, (8,), 3).spec, prior="gaussian")
+    preprocessing = (Dequantize(low, high),) if steps else ()
+    flow = NICE.from_spec(spec, None, preprocessing, DataInfo(image_shape=shape), init="he", seed=2)
+    values = flow.parameters()
+    values["scaling/log_scale"] = np.linspace(0.5, 1.5, d)
+    flow.set_parameters(values)
+    return flow
+
+
+def images(n: int = 5, low: float = 0.0, high: float = 1.0, d: int = 24) -> Any:
+    return low + (high - low) * np.random.default_rng(0).random((n, d))
+
+
+TOP = np.repeat([True, False], 12)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_masks_of_mnist() -> None:
+    """PAPER's list: top, bottom, 0-based 0, 2, 4, ..., left, right, rows 7-20, columns 7-20, 75 % and 90 %."""
+    row, column = np.divmod(np.arange(784), 28)
+    expected = {
+        "top": row < 14,
+        "bottom": row >= 14,
+        "odd": np.isin(np.arange(784), range(0, 784, 2)),
+        "even": np.isin(np.arange(784), range(1, 784, 2)),
+        "left": column < 14,
+        "right": column >= 14,
+        "middle-rows": (row >= 7) & (row <= 20),
+        "middle-columns": (column >= 7) & (column <= 20),
+    }
+    assert (*expected, "random75", "random90") == MASKS
+    for name, hidden in expected.items():
+        np.testing.assert_array_equal(named_mask(name, (28, 28)), hidden)
+    for name, count in (("random75", 588), ("random90", 706)):
+        hidden = named_mask(name, (28, 28), 3)
+        assert hidden.sum() == count
+        np.testing.assert_array_equal(hidden, named_mask(name, (28, 28), 3))
+        assert (hidden != named_mask(name, (28, 28), 4)).any()
+        assert 250 < hidden[:392].sum() * 588 / count < 340  # spread over the image
+
+
+def test_masks_hide_all_channels() -> None:
+    for name in MASKS:
+        hidden = named_mask(name, (5, 4, 3), 1).reshape(5, 4, 3)
+        assert (hidden.all(2) == hidden.any(2)).all()
+    np.testing.assert_array_equal(named_mask("odd", (5, 4, 3)).reshape(20, 3)[:, 0], np.arange(20) % 2 == 0)
+    np.testing.assert_array_equal(
+        named_mask("top", (5, 4)) ^ named_mask("bottom", (5, 4)), np.ones(20)
+    )  # an odd number of rows: none twice, none left out
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("top", (1, 4)), ("diagonal", (4, 4)), ("top", (4,)), ("top", (2, 2, 2, 2))]
+)
+def test_refused_masks(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"hides nothing|unknown mask|masks are for images"):
+        named_mask(name, shape)
+
+
+# --- the ascent -------------------------------------------------------------------------------------------------------
+
+
+def plain_text(flow: NICE, x: Any, hidden: Any, iterations: int, seed: int, low: float, high: float) -> Any:
+    """PAPER's formula, an image at a time, one chain."""
+    out = np.empty_like(x)
+    for row, image in enumerate(x):
+        now = image.copy()
+        start = np.empty((1, len(image)))
+        flow.backend.fill_uniform(start, seed, Purpose.INPAINT, 0, row)
+        now[hidden] = low + (high - low) * start[0, hidden]
+        for i in range(iterations):
+            noise = np.empty((1, len(image)))
+            flow.backend.fill_normal(noise, seed, Purpose.INPAINT, 2 * (i + 1) + 1, row)
+            alpha = 10 / (100 + i)
+            moved = now[hidden] + alpha * (flow.grad_log_prob(now)[hidden] + noise[0, hidden])
+            now[hidden] = np.minimum(np.maximum(moved, low), high)
+        out[row] = now
+    return out
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0)])
+def test_the_ascent_is_the_papers(low: float, high: float) -> None:
+    flow, x = flow_of(low=low, high=high), images(3, low, high)
+    found = inpaint(flow, x, TOP, 12, seed=5)
+    expected = plain_text(flow, x, TOP, 12, 5, low, high)
+    np.testing.assert_allclose(found.result[0], expected, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(found.result[0][:, ~TOP], x[:, ~TOP])
+    np.testing.assert_array_equal(found.start[0][:, ~TOP], x[:, ~TOP])
+    assert ((found.result >= low) & (found.result <= high)).all()
+    assert np.isin(found.result, [low, high]).any()  # some were projected
+    np.testing.assert_allclose(found.log_prob_before[0], flow.log_prob(found.start[0]), rtol=1e-12)
+    np.testing.assert_allclose(found.log_prob_after[0], flow.log_prob(found.result[0]), rtol=1e-12)
+
+
+def test_the_codes_variant() -> None:
+    """A hundredth of the gradient, at a fresh dequantization, without projection."""
+    flow, x = flow_of(low=-1, high=1), images(2, -1, 1)
+    found = inpaint(flow, x, TOP, 1, seed=5, variant="code")
+    uniform, normal = np.empty((2, 24)), np.empty((2, 24))
+    flow.backend.fill_uniform(uniform, 5, Purpose.INPAINT, 2)
+    flow.backend.fill_normal(normal, 5, Purpose.INPAINT, 3)
+    start = found.start[0]
+    moved = start + 0.1 * (0.01 * flow.grad_log_prob(start + 2 / 256 * (uniform - 0.5)) + normal)
+    np.testing.assert_allclose(found.result[0][:, TOP], moved[:, TOP], rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(found.result[0][:, ~TOP], x[:, ~TOP])
+    assert np.abs(inpaint(flow, x, TOP, 30, seed=5, variant="code").result).max() > 1  # it leaves the box
+
+
+def test_rows_chains_and_masks_do_not_mix() -> None:
+    """One batch for all gives what each gives alone; chains differ; the seed decides everything."""
+    flow, x = flow_of(), images(4)
+    hidden = np.array([TOP, ~TOP, TOP, TOP])
+    both = inpaint(flow, x, hidden, 8, chains=3, seed=1, gradient_scale=0.1)
+    alone = inpaint(flow, x[:2], hidden[:2], 8, chains=2, seed=1, gradient_scale=0.1)
+    # Products of other sizes round differently: allowed is a thousand times that.
+    np.testing.assert_allclose(both.result[:2, :2], alone.result, rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(both.start[:2, :2], alone.start)
+    assert np.abs(both.start[0] - both.start[1]).max() > 0.5
+    assert np.abs(both.result[0] - both.result[1]).max() > 1e-3
+    np.testing.assert_array_equal(both.result[:, 1][:, TOP], np.tile(x[1, TOP], (3, 1)))
+    np.testing.assert_array_equal(both.result, inpaint(flow, x, hidden, 8, chains=3, seed=1, gradient_scale=0.1).result)
+    assert np.abs(both.start - inpaint(flow, x, hidden, 0, chains=3, seed=2).start).max() > 0.5
+    np.testing.assert_allclose(both.mean, both.result.mean(0))
+
+
+def test_the_ascent_finds_a_gaussians_conditional_mode() -> None:
+    """Without networks' influence the mode of each hidden value is known: 0, for a Gaussian centred there."""
+    spec = NICE(24, (), 3).spec
+    flow = NICE.from_spec(dataclasses.replace(spec, prior="gaussian"), info=DataInfo(image_shape=SHAPE))
+    values = {name: np.zeros_like(value) for name, value in flow.parameters().items()}
+    flow.set_parameters(values)
+    found = inpaint(flow, images(2), TOP, 3000, box=(-1.0, 1.0), seed=3)
+    # alpha_3000 = 0.003, noise of that size against a restoring force of 1: a spread of sqrt(alpha / 2) = 0.04
+    assert np.abs(found.result[0][:, TOP]).max() < 0.2
+    assert (found.log_prob_after > found.log_prob_before).all()
+
+
+def test_progress_counts_iterations() -> None:
+    seen: list[int] = []
+    inpaint(flow_of(), images(1), TOP, 4, progress=seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.full((2, 24), 1.5)}, r"x\[0, 12\] is 1.5, outside the data's box 0..1"),
+        ({"x": np.full((2, 24), np.nan)}, r"x\[0, 12\] is nan"),
+        ({"x": np.zeros((2, 23))}, r"expected x of shape \(n, 24\)"),
+        ({"hidden": np.zeros(23, bool)}, "expected hidden as bool"),
+        ({"hidden": np.ones(24)}, "expected hidden as bool"),
+        ({"hidden": np.zeros(24, bool)}, "nothing to fill in"),
+        ({"iterations": -1}, "at least 0 iterations"),
+        ({"chains": 0}, "at least 0 iterations and 1 chain"),
+        ({"variant": "other"}, "text, code"),
+        ({"box": (0.0, 2.0)}, "the box of this flow's 8-bit data is 0,1"),
+        ({"gradient_scale": 0.0}, "positive and finite"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_refused_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inpaint(flow_of(), **{"x": images(2), "hidden": TOP, "iterations": 1, **change})
+
+
+def test_floats_need_a_box() -> None:
+    flow = flow_of(steps=False)
+    with pytest.raises(ValueError, match=r"--box"):
+        inpaint(flow, images(2), TOP, 1)
+    for box in ((1.0, 0.0), (0.0, np.inf)):
+        with pytest.raises(ValueError, match="low < high"):
+            inpaint(flow, images(2), TOP, 1, box=box)
+    result = inpaint(flow, images(2, 0.2, 0.7), TOP, 50, box=(0.2, 0.7)).result
+    assert (result.min(), result.max()) == (0.2, 0.7)
+
+
+def test_divergence_is_said() -> None:
+    flow = flow_of()
+    values = flow.parameters()
+    values["scaling/log_scale"] = np.full(24, 20.0)
+    flow.set_parameters(values)
+    with pytest.raises(TrainingError, match=r"diverged in iteration \d+.*variant 'text'"):
+        inpaint(flow, images(2), TOP, 100, variant="code")
+
+
+# --- files and the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    with h5py.File("images.h5", "w") as file:
+        file["train"] = rng.integers(0, 256, (50, *SHAPE), np.uint8)
+        file["test"] = rng.integers(0, 256, (9, *SHAPE), np.uint8)
+    with h5py.File("colour.h5", "w") as file:
+        file["train"] = rng.integers(0, 256, (9, 4, 2, 3), np.uint8)
+    with h5py.File("floats.h5", "w") as file:
+        file["train"] = rng.random((9, *SHAPE))
+        file["wild"] = np.where(np.arange(24) == 7, 1.25, 0.5) * np.ones((3, 1))
+    source = open_source("images.h5")
+    flow = flow_of()
+    flow.info = dataclasses.replace(flow.info, fingerprint=source.fingerprint())
+    source.close()
+    flow.save("flow.h5")
+    flow_of((4, 2, 3)).save("flow-colour.h5")
+    flow_of(steps=False).save("flow-floats.h5")
+    NICE(24, (4,), 3).save("flow-table.h5")
+    with h5py.File("mask.h5", "w") as file:
+        file["hidden"] = np.eye(6, 4, dtype=np.uint8)
+    return tmp_path
+
+
+QUICK = ["--iterations", "6", "-n", "3"]
+
+
+def test_a_file_of_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inpaint", "flow.h5", "--data", "images.h5", *QUICK, "--first", "2", "--seed", "4", "--chains", "2"]
+    assert main([*words, "--mask", "all", "--out", "x.h5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [entry["mask"] for entry in report["masks"]] == list(MASKS)
+    with h5py.File("x.h5") as file, h5py.File("images.h5") as data:
+        found = {name: file[name][()] for name in file}
+        attrs = dict(file.attrs)
+        original = (data["test"][2:5].reshape(3, 24) + 0.5) / 256
+        fill = (data["train"][:42].mean(0).reshape(24) + 0.5) / 256  # the last sixth validates
+    assert found["result"].shape == (10, 2, 3, 24)
+    np.testing.assert_array_equal(found["original"], original)
+    assert [name.decode() for name in found["masks"]] == list(MASKS)
+    assert (attrs["iterations"], attrs["first"], attrs["seed"]) == (6, 2, 4)
+    flow = load("flow.h5")
+    hidden = np.array([named_mask(name, SHAPE, 4) for name in MASKS])
+    np.testing.assert_array_equal(found["hidden"], hidden)
+    again = inpaint(flow, np.tile(original, (10, 1)), np.repeat(hidden, 3, 0), 6, chains=2, seed=4)
+    np.testing.assert_array_equal(found["result"][:, 1], again.result[1].reshape(10, 3, 24))
+    np.testing.assert_array_equal(found["start"][:, 1], again.start[1].reshape(10, 3, 24))
+    np.testing.assert_array_equal(
+        found["result_images"], np.clip(np.floor(found["result"] * 256), 0, 255).reshape(10, 2, 3, *SHAPE)
+    )
+    for k, entry in enumerate(report["masks"]):
+        at = hidden[k]
+        np.testing.assert_allclose(found["log_prob_after"][k], flow.log_prob(found["result"][k]))
+        np.testing.assert_allclose(entry["log_prob_before"], flow.log_prob(found["start"][k]).mean(1))
+        np.testing.assert_allclose(entry["log_prob_after"], found["log_prob_after"][k].mean(1))
+        off = found["result"][k].mean(0)[:, at] - original[:, at]
+        assert entry["error_of_mean"] == pytest.approx((off**2).mean())
+        assert entry["error_of_one_chain"] == pytest.approx(((found["result"][k] - original)[..., at] ** 2).mean())
+        assert entry["error_of_training_mean"] == pytest.approx(((fill - original)[:, at] ** 2).mean())
+
+
+def test_the_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inpaint", "flow.h5", "--data", "images.h5", *QUICK, "--chains", "1"]
+    assert main([*words, "--out", "x.png"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in MASKS)
+    picture = decode_png(Path("x.png").read_bytes())
+    block = (10 * (6 + 2) + 2, 3 * (4 + 2) + 2)
+    assert picture.shape == (block[0], 3 * block[1])
+    with h5py.File("images.h5") as data:
+        first = data["test"][0]
+    np.testing.assert_array_equal(picture[2:8, 2:6], first)
+    start = picture[2:8, block[1] + 2 : block[1] + 6]
+    result = picture[2:8, 2 * block[1] + 2 : 2 * block[1] + 6]
+    np.testing.assert_array_equal(start[3:], first[3:])  # top hidden
+    np.testing.assert_array_equal(result[3:], first[3:])
+    assert (start[:3] != first[:3]).any()
+    assert (result[:3] != start[:3]).any()
+    assert main([*words, "--out", "y.png", "--mask", "mask.h5"]) == 0
+    picture = decode_png(Path("y.png").read_bytes())
+    assert picture.shape == (3 * (6 + 4), block[1])
+    seen = np.eye(6, 4) == 0
+    np.testing.assert_array_equal(picture[22:28, 2:6][seen], first[seen])
+    assert (picture[22:28, 2:6] != first)[~seen].any()
+
+
+def test_chains_are_listed_for_one_mask(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inpaint", "flow.h5", "--data", "images.h5", "--mask", "top", *QUICK, "--out", "x.h5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n  chain ") == 16
+    assert "mean of 16" in out
+    with h5py.File("x.h5") as file:
+        before, after = (file[f"log_prob_{when}"][0, 15].mean() for when in ("before", "after"))
+    assert f"  chain 15: {before:.2f} -> {after:.2f}\n" in out
+
+
+def test_colour_and_floats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mask", "odd", "--chains", "2", *QUICK]
+    assert main(["inpaint", "flow-colour.h5", "--data", "colour.h5", *words, "--out", "c.png"]) == 0
+    assert decode_png(Path("c.png").read_bytes()).shape == (4 * (4 + 4), 3 * (2 + 2) + 2, 3)
+    # Values in data space for a flow of 8-bit data.
+    assert main(["inpaint", "flow.h5", "--data", "floats.h5:/train", *words, "--out", "f.h5", "--json"]) == 0
+    with h5py.File("f.h5") as file, h5py.File("floats.h5") as data:
+        np.testing.assert_allclose(file["original"][()], data["train"][:3].reshape(3, 24))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["masks"][0]["error_of_training_mean"] is None
+    words += ["--box", "0,1", "--out", "g.h5"]
+    assert main(["inpaint", "flow-floats.h5", "--data", "floats.h5:/train", *words]) == 0
+
+
+def test_plot_inpainting(folder: Path) -> None:
+    words = ["plot", "inpainting", "flow.h5", "--data", "images.h5", *QUICK, "--chains", "2", "--out", "x.png"]
+    assert main(words) == 0
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words) == 2
+    painted = nicecp.inpainting.inpaint_images("flow.h5", "images.h5", "all", iterations=2, n=3, chains=2)
+    axes = inpainting_figure(painted).axes
+    assert [one.get_title() for one in axes] == ["original", "initial state", "result", "mean of 2 chains"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == list(MASKS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flow-table.h5", "--data", "images.h5"], "'flow-table.h5': its data have no image shape; inpainting is for"),
+        (["flow.h5", "--data", "floats.h5:/wild"], "row 0, column 7 is 1.25, outside the data's box 0..1; give"),
+        (["flow-floats.h5", "--data", "floats.h5:/train"], "--box"),
+        (["flow-floats.h5", "--data", "images.h5"], "8-bit data, but the flow was trained on float data"),
+        (["flow.h5", "--data", "images.h5", "--first", "7"], "images 7 to 9 are not among the 9 of"),
+        (["flow.h5", "--data", "images.h5", "--mask", "diagonal"], "unknown mask 'diagonal': expected one of top, "),
+        (["flow.h5", "--data", "images.h5", "--mask", "none.h5"], "'none.h5': "),
+        (
+            ["flow.h5", "--data", "images.h5", "--mask", "wrong.h5"],
+            "shape (4, 6), images of this flow (6, 4)",
+        ),
+        (["flow.h5", "--data", "images.h5", "--mask", "grey.h5"], "the mask holds 7; store 0 (seen) and 1 (hidden)"),
+        (["flow.h5", "--data", "images.h5", "--mask", "empty.h5"], "the mask hides nothing; store 1"),
+        (["flow-colour.h5", "--data", "images.h5", "--mask", "mask.h5"], "images of this flow (4, 2, 3)"),
+        (
+            ["flow.h5", "--data", "images.h5", "--chains", "9999999"],
+            "not enough memory (inpainting 3 images",
+        ),
+    ],
+)
+@pytest.mark.parametrize("out", ["x.png", "x.h5"])
+def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, out: str) -> None:
+    for name, values in (("wrong", np.ones((4, 6))), ("grey", np.full((6, 4), 7)), ("empty", np.zeros((6, 4)))):
+        with h5py.File(f"{name}.h5", "w") as file:
+            file["hidden"] = values.astype(np.uint8)
+    before = sorted(os.listdir())
+    assert main(["inpaint", *words, *QUICK, "--out", out]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert message in shown.err
+    assert sorted(os.listdir()) == before
+
+
+def test_interrupted(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after some iterations: one line, 130, and the old file as it was."""
+    real, calls = NICE.grad_log_prob, []
+
+    def interrupt(self: NICE, *given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(NICE, "grad_log_prob", interrupt)
+    Path("x.png").write_bytes(b"old")
+    before = sorted(os.listdir())
+    words = ["inpaint", "flow.h5", "--data", "images.h5", *QUICK, "--out", "x.png", "--overwrite"]
+    assert main(words) == 130
+    assert capsys.readouterr().err == "nicecp: error: interrupted\n"
+    assert Path("x.png").read_bytes() == b"old"
+    assert sorted(os.listdir()) == before
