@@ -25,6 +25,8 @@ COMMANDS = {
     "train": ("nicecp.cli.train", "train", "Train a flow on data."),
     "evaluate": ("nicecp.cli.evaluate", "evaluate", "Mean log-likelihood of a trained flow on data."),
     "sample": ("nicecp.cli.sample", "sample", "Draw samples from a trained flow."),
+    "inpaint": ("nicecp.cli.inpaint", "inpaint", "Fill in hidden pixels of images."),
+    "plot": ("nicecp.cli.plot", "plot", "Figures: samples, spectrum, manifold, curve."),
     "info": ("nicecp.cli.info", "info", "What a checkpoint or a data file holds."),
     "data": ("nicecp.cli.data", "data", "Convert data to the HDF5 files that training reads."),
 }

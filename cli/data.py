@@ -16,6 +16,7 @@ Examples:
   nicecp data demo --out digits.h5
   nicecp data csv table.csv --out table.h5
   nicecp data idx mnist-folder --out mnist.h5
+  nicecp data cifar10 cifar-10-binary.tar.gz --out cifar10.h5
 """
 DEMO_EXAMPLES = """\
   nicecp data demo --out digits.h5
@@ -27,6 +28,21 @@ CSV_EXAMPLES = """\
 IDX_EXAMPLES = """\
   nicecp data idx mnist-folder --out mnist.h5
   nicecp data idx train-images-idx3-ubyte.gz t10k-images-idx3-ubyte.gz --out mnist.h5
+"""
+MNIST_EXAMPLES = """\
+  nicecp data mnist mnist-folder --out mnist.h5
+  nicecp data mnist https://example.org/mnist/ --out mnist.h5
+"""
+CIFAR10_EXAMPLES = """\
+  nicecp data cifar10 cifar-10-binary.tar.gz --out cifar10.h5
+  nicecp data cifar10 cifar-10-batches-bin --out cifar10.h5
+"""
+SVHN_EXAMPLES = """\
+  nicecp data svhn svhn-folder --out svhn.h5
+  nicecp data svhn http://ufldl.stanford.edu/housenumbers/ --split code --out svhn-code.h5
+"""
+TFD_EXAMPLES = """\
+  nicecp data tfd TFD_48x48.mat --out tfd.h5
 """
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " "}
 
@@ -44,6 +60,8 @@ def _say(written: Written) -> None:
     """One line about what was written."""
     shapes = ", ".join(f"{name} {'x'.join(str(size) for size in shape)}" for name, shape in written.shapes.items())
     click.echo(f"{written.path}: {shapes}")
+    if written.verified:
+        click.echo(f"as published, by checksum: {', '.join(written.verified)}")
 
 
 @command("demo", DEMO_EXAMPLES)
@@ -88,5 +106,67 @@ def idx(sources: tuple[str, ...], out: str, overwrite: bool) -> None:
     _say(idx_to_hdf5(list(sources), out, overwrite))
 
 
-for _command in (demo, csv, idx):
+source_argument = click.argument("source", type=data_name)
+
+
+@command("mnist", MNIST_EXAMPLES)
+@source_argument
+@out_option
+@overwrite_option
+def mnist(source: str, out: str, overwrite: bool) -> None:
+    """Convert MNIST's four idx files (.gz or not) in SOURCE: a folder, an archive or a URL of either."""
+    from nicecp.published import mnist_to_hdf5
+
+    _say(mnist_to_hdf5(source, out, overwrite))
+
+
+@command("cifar10", CIFAR10_EXAMPLES)
+@source_argument
+@out_option
+@overwrite_option
+def cifar10(source: str, out: str, overwrite: bool) -> None:
+    """Convert CIFAR-10's binary version in SOURCE: a folder, an archive or a URL of either.
+
+    The Python version is refused: its pickles run code when they are read.
+    """
+    from nicecp.published import cifar10_to_hdf5
+
+    _say(cifar10_to_hdf5(source, out, overwrite))
+
+
+@command("svhn", SVHN_EXAMPLES)
+@source_argument
+@click.option(
+    "--split",
+    type=click.Choice(["clean", "code"]),
+    default="clean",
+    show_default=True,
+    help="clean: train and extra less the validation images. code: all of the original training file, with which the "
+    "validation images overlap, as the authors did.",
+)
+@out_option
+@overwrite_option
+def svhn(source: str, split: str, out: str, overwrite: bool) -> None:
+    """Convert SVHN's cropped digits (.mat) in SOURCE: a folder, an archive or a URL of either.
+
+    400 images of each class of train and 200 of extra validate, the first ones in the files.
+    """
+    from nicecp.published import svhn_to_hdf5
+
+    _say(svhn_to_hdf5(source, out, overwrite, split))
+
+
+@command("tfd", TFD_EXAMPLES)
+@source_argument
+@click.option("--fold", type=click.IntRange(0), default=0, show_default=True, help="Which of the file's partitions.")
+@out_option
+@overwrite_option
+def tfd(source: str, fold: int, out: str, overwrite: bool) -> None:
+    """Convert the Toronto Face Database's TFD_48x48.mat in SOURCE: the file, a folder, an archive or a URL."""
+    from nicecp.published import tfd_to_hdf5
+
+    _say(tfd_to_hdf5(source, out, overwrite, fold))
+
+
+for _command in (demo, csv, idx, mnist, cifar10, svhn, tfd):
     data.add_command(_command)

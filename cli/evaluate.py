@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
+from nicecp.cli.console import table
 from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+
+if TYPE_CHECKING:
+    from nicecp.baselines import Baseline
 
 EXAMPLES = """\
   nicecp evaluate run.h5 --data mnist.h5
   nicecp evaluate run.h5 --data mnist.h5 --split valid
   nicecp evaluate run.h5 --data other.h5:/measurements --json
+  nicecp evaluate run.h5 --data mnist.h5 --compare
 """
 
 
@@ -27,10 +35,24 @@ EXAMPLES = """\
     "own rows where the data are the run's, else the dataset of that name.",
 )
 @click.option("--seed", type=SEED, show_default="the run's", help="Of the dequantization noise of 8-bit data.")
+@click.option(
+    "--compare",
+    "comparing",
+    is_flag=True,
+    help="Beside it a full-covariance Gaussian fitted to the training rows, factor analysis and a mixture where "
+    "scikit-learn is installed, and the paper's numbers for its data sets.",
+)
 @machine_options
 @json_option
 def evaluate(
-    checkpoint: str, data: str, split: str, seed: int | None, device: str, threads: int | None, as_json: bool
+    checkpoint: str,
+    data: str,
+    split: str,
+    seed: int | None,
+    comparing: bool,
+    device: str,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Mean log-likelihood of CHECKPOINT's flow on data.
 
@@ -41,9 +63,29 @@ def evaluate(
     from nicecp.scoring import score
 
     result = score(checkpoint, data, split, seed, device, threads)
+    others = []
+    if comparing:
+        from nicecp.baselines import compare
+
+        others = compare(checkpoint, data, split, seed, device, threads)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}
-        click.echo(json.dumps({**about, **(values or {})}))
+        compared = {"compare": [asdict(other) for other in others]} if comparing else {}
+        click.echo(json.dumps({**about, **(values or {}), **compared}))
         return
     click.echo(f"{evaluation_text(result.evaluation)}\non {result.rows}")
+    if comparing:
+        rows = [("this flow", _nats(result.evaluation.mean, result.evaluation.standard_error))]
+        rows += [(other.name, _line(other)) for other in others]
+        click.echo(table(rows))
+
+
+def _nats(mean: float, error: float | None) -> str:
+    return f"{mean:10.2f}" + ("" if error is None or not math.isfinite(error) else f" +- {error:.2g}")
+
+
+def _line(other: Baseline) -> str:
+    if other.mean is None:
+        return f"{'-':>10}  {other.note}"
+    return _nats(other.mean, other.standard_error) + (f"  ({other.note})" if other.note else "")

@@ -32,7 +32,7 @@ class Display(Callback):
         self._bar: Any = None
         self._every = -(-run.settings.epochs // LINES)
         self._unshown = ""  # the line of the last epoch, as long as it is not on the screen
-        if _is_terminal(sys.stderr) and (as_json or _is_terminal(sys.stdout)):
+        if is_terminal(sys.stderr) and (as_json or is_terminal(sys.stdout)):
             from tqdm import tqdm
 
             tqdm.monitor_interval = 0  # its thread would repaint a bar that we repaint ourselves
@@ -143,7 +143,7 @@ def epoch_json(record: EpochRecord, rows_per_second: float, seconds_left: float)
     }
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):

@@ -30,11 +30,13 @@ EXAMPLES = """\
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
   nicecp train --data table.h5 --coupling affine --hidden 2x64 --out table-run.h5
-  nicecp train --data cifar10.h5 --range -1,1 --hidden 4x2000 --dry-run
+  nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
 """
 PRESET = "from the preset"
+_PAPERS = ("mnist", "tfd", "svhn", "cifar10")
+PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), "tabular", "demo")
 
 # Options that set a number of an optimiser: option, the number's name (nicecp.optimizers), type, help.
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -70,10 +72,11 @@ def _number_options(function: Any) -> Any:
 @click.option("--resume", type=data_name, metavar="FILE.h5", help="Go on with the run that wrote this file.")
 @click.option(
     "--preset",
-    type=click.Choice(["auto", "mnist", "tabular", "demo"]),
+    type=click.Choice([*PRESETS]),
     default="auto",
     show_default=True,
-    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats.",
+    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats. mnist, tfd, svhn, cifar10 are the "
+    "paper's, those with -code the authors' published files.",
 )
 @click.option("--epochs", type=click.IntRange(1, 2**31 - 1), show_default=PRESET, help="Passes over the training rows.")
 @click.option("--batch-size", type=click.IntRange(1, 2**24), show_default=PRESET, help="Rows in a training step.")
@@ -108,7 +111,7 @@ def _number_options(function: Any) -> Any:
 @click.option(
     "--valid-fraction",
     type=click.FloatRange(0, 1, max_open=True),
-    show_default="1/6",
+    show_default="1/6, cifar10 1/5",
     help="Rows to validate on where the file has no valid dataset; 0 for none.",
 )
 @click.option("--seed", type=SEED, show_default="0", help="Of weights, noise, shuffling and the split.")
@@ -126,6 +129,19 @@ def _number_options(function: Any) -> Any:
     metavar="LO,HI",
     show_default="0,1",
     help="Where 8-bit values are dequantized to.",
+)
+@click.option(
+    "--whiten",
+    type=click.Choice(["none", "zca", "gaussian", "approximate"]),
+    show_default=PRESET,
+    help="Whiten the training rows: zca; gaussian, the triangular map of greatest likelihood; approximate, the same "
+    "learned with early stopping.",
+)
+@click.option(
+    "--regularization",
+    type=click.FloatRange(0),
+    show_default="0",
+    help="Added to the variances that zca and gaussian whitening divide by.",
 )
 @click.option("--no-standardize", is_flag=True, help="Use float columns as they are.")
 @click.option(
@@ -222,7 +238,7 @@ _NAMES = (
     "preset",
     "optimizer",
 )
-_OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction")}
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization")}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",

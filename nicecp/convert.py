@@ -40,6 +40,7 @@ class Written:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     image_shape: tuple[int, ...] | None = None
     columns: tuple[str, ...] | None = None
+    verified: tuple[str, ...] = ()  # files whose published checksum was found to be right
 
 
 # --- the output -----------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class _Pieces(Sequence[bytes]):
 
 
 @contextlib.contextmanager
-def _output(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator[h5py.File]:
+def new_file(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator[h5py.File]:
     """A new HDF5 file to fill; it takes its place when the block ends without an exception."""
     if os.path.lexists(path):
         if any(os.path.exists(path) and os.path.samefile(path, source) for source in inputs):
@@ -152,7 +153,7 @@ def _output(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator[
         raise DataError(about_file(path, f"cannot be written ({error.strerror or one_line(error)})", remedy)) from None
 
 
-def _create(
+def new_dataset(
     file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, grow: bool = False, compress: bool = False
 ) -> h5py.Dataset:
     row_bytes = np.dtype(dtype).itemsize
@@ -189,11 +190,11 @@ def write_demo(path: str | os.PathLike[str], overwrite: bool = False) -> Written
     from nicecp.digits import draw_digits
 
     result = Written(os.fspath(path), image_shape=(28, 28))
-    with _output(result.path, overwrite) as file:
+    with new_file(result.path, overwrite) as file:
         for name, first, n in (("train", 0, DEMO_TRAIN), ("test", DEMO_TRAIN, DEMO_TEST)):
             images, labels = draw_digits(n, first=first)
-            _create(file, name, images.shape, "uint8", compress=True)[...] = images
-            _create(file, name + "_labels", labels.shape, "uint8", compress=True)[...] = labels
+            new_dataset(file, name, images.shape, "uint8", compress=True)[...] = images
+            new_dataset(file, name + "_labels", labels.shape, "uint8", compress=True)[...] = labels
             result.shapes |= {name: images.shape, name + "_labels": labels.shape}
         file.attrs["image_shape"] = np.array([28, 28])
     return result
@@ -203,7 +204,7 @@ def write_demo(path: str | os.PathLike[str], overwrite: bool = False) -> Written
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
+def reading(path: str) -> Iterator[BinaryIO]:
     """A regular file, unpacked on the way if it is gzip; what the system or gzip says becomes a DataError."""
     check_regular(path)
     try:
@@ -248,7 +249,7 @@ def csv_to_hdf5(
     if not dataset.strip("/") or "." in dataset.split("/") or "\0" in dataset:
         raise DataError(f"{dataset!r} is no name of a dataset; use letters, such as train")
     result = Written(target)
-    with _output(target, overwrite, [name]) as file, _reading(name) as stream:
+    with new_file(target, overwrite, [name]) as file, reading(name) as stream:
         table = Table(name, delimiter, header)
         out: h5py.Dataset | None = None
         for first_line, lines in text_blocks(name, stream, BLOCK_BYTES):
@@ -257,7 +258,7 @@ def csv_to_hdf5(
                 continue
             if out is None:
                 check_size(name, len(block), block.shape[1])
-                out = _create(file, dataset, (0, block.shape[1]), "float64", grow=True)
+                out = new_dataset(file, dataset, (0, block.shape[1]), "float64", grow=True)
             _append(out, block)
         if out is None:
             raise DataError(about_file(name, "it has no rows of numbers", "give a table with at least one row"))
@@ -318,9 +319,9 @@ def idx_to_hdf5(
         check_regular(name)
     result = Written(os.fspath(path))
     origin: dict[str, str] = {}
-    with _output(result.path, overwrite, names) as file:
+    with new_file(result.path, overwrite, names) as file:
         for name in names:
-            with _reading(name) as stream:
+            with reading(name) as stream:
                 dtype, shape = _idx_header(name, stream)
                 role = _idx_role(name, shape)
                 if role in origin:
@@ -354,7 +355,7 @@ def _copy_idx(
         width *= size
     check_size(name, shape[0], width if len(shape) > 1 else 2)
     flat = (shape[0], width) if len(shape) > 1 else shape
-    out = _create(file, role, flat, dtype.newbyteorder("=").name, compress=dtype.itemsize == 1)
+    out = new_dataset(file, role, flat, dtype.newbyteorder("=").name, compress=dtype.itemsize == 1)
     row_bytes = width * dtype.itemsize
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, shape[0], step):

@@ -29,6 +29,10 @@ class TrainingError(NicecpError, RuntimeError):
     """Training cannot start or cannot go on (settings, non-finite numbers)."""
 
 
+class MissingExtra(NicecpError, ImportError):
+    """Something optional that is not installed: names the command that installs it."""
+
+
 def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
     """One line: 'PATH': problem; remedy.  The path is quoted so that odd characters cannot break the line."""
     return f"{os.fspath(path)!r}: {problem}; {remedy}"

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from nicecp.errors import DataError, about_file
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Array, Slot
+from nicecp.loading import Loader
 from nicecp.params import Views
-from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.preprocessing import Dequantize, Step
 from nicecp.split import SequentialReader, Split
 
 BATCH = 1000  # rows
@@ -28,21 +29,6 @@ class Evaluation:
     standard_error: float
     minimum: float
     bits_per_dim: float | None
-
-
-def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, FloatArray]:
-    """shift, scale : (d,) float64 with which load_batch carries out the preprocessing (see kernels/backend.py)."""
-    shift, scale, eight_bit = np.zeros(n_features), np.ones(n_features), False
-    for position, step in enumerate(steps):
-        if isinstance(step, Dequantize) and position == 0:
-            shift, scale, eight_bit = shift + step.low, scale * (step.high - step.low), True
-        elif isinstance(step, Standardize):
-            # 8-bit values are scaled and then shifted, floats shifted and then scaled
-            shift = (shift - step.mean) / step.std if eight_bit else shift + step.mean / scale
-            scale = scale / step.std
-        else:
-            raise ValueError(f"preprocessing step {step.kind!r} cannot be loaded by rows at position {position}")
-    return shift, scale
 
 
 def log_det(steps: tuple[Step, ...]) -> float:
@@ -86,7 +72,7 @@ class Evaluator:
         self._reader = SequentialReader(split, min(batch_size, len(split)))
         self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
-        self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
+        self._loader = Loader(flow, self._reader.batch_size)
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
@@ -98,9 +84,7 @@ class Evaluator:
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
 
             def score(data: Array = data, index: Array = index, rows: Array = rows) -> None:
-                backend.load_batch(
-                    *ws.x, ws.weight, data, index, rows, self._shift, self._scale, self._state, seed, self.split.purpose
-                )
+                self._loader.load(ws, data, index, rows, self._state, seed, self.split.purpose)
                 self.flow.network.forward(ws, views)
 
             self._at(epoch, 0)

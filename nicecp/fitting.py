@@ -19,6 +19,7 @@ from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.records import RunRecord
 from nicecp.split import Split
 from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
+from nicecp.whitening import whitening_step
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
 
@@ -66,6 +67,8 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    whiten: str = "none",
+    regularization: float = 0.0,
     callbacks: Callbacks = (),
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
@@ -77,6 +80,8 @@ def fit(
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
+    whiten, regularization : see nicecp.whitening
+        "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
     patience : int or None
@@ -110,6 +115,7 @@ def fit(
             check_fits(flow, train)
         else:
             steps = preprocessing_for(train, value_range, standardize, allow_constant)
+            steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         flow.prepare(steps, train.source.info, train.source.is_image8)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))

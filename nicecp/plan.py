@@ -45,8 +45,13 @@ def flops_of(spec: ModelSpec, n: int) -> tuple[int, int]:
     return forward, 3 * forward - first
 
 
-def cost_of(spec: ModelSpec, batch_size: int, rows_in_memory: int = 0, row_bytes: int = 0) -> Cost:
-    """The cost of training this architecture; mirrors the buffers of nicecp.network.Workspace."""
+def cost_of(
+    spec: ModelSpec, batch_size: int, rows_in_memory: int = 0, row_bytes: int = 0, whitened: bool = False
+) -> Cost:
+    """The cost of training this architecture; mirrors the buffers of network.Workspace and loading.Loader.
+
+    whitened : a matrix (d, d) is part of the preprocessing, in float64 and for training and scoring.
+    """
     item = 4 if spec.dtype == "float32" else 8
     d, n = spec.n_features, batch_size
     sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
@@ -54,9 +59,14 @@ def cost_of(spec: ModelSpec, batch_size: int, rows_in_memory: int = 0, row_bytes
     kept = sum(sum(layers[1:-1]) + layers[-1] for layers in sizes)
     training = n * (4 * d + 2 * widest + kept) * item + 24 * n
     scoring = BATCH * (2 * d + 2 * widest) * item + 24 * BATCH
+    flops = flops_of(spec, n)[1]
+    if whitened:
+        flops += 2 * n * d * d
+        training += (d * d + 2 * n * d) * item + 3 * 8 * d * d
+        scoring += (d * d + 2 * BATCH * d) * item
     return Cost(
         n_parameters=spec.n_parameters,
-        flops=flops_of(spec, n)[1],
+        flops=flops,
         parameter_bytes=5 * spec.n_parameters * item,
         buffer_bytes=training + scoring,
         data_bytes=rows_in_memory * row_bytes,
@@ -70,7 +80,8 @@ def cost_of_run(settings: Settings, splits: Splits) -> Cost:
     if splits.valid is not None:
         rows += min(len(splits.valid), 2**16)
     row_bytes = source.n_features * source.dtype.itemsize
-    return cost_of(settings.model_spec(source.n_features), settings.batch_size, rows, row_bytes)
+    spec = settings.model_spec(source.n_features)
+    return cost_of(spec, settings.batch_size, rows, row_bytes, settings.whiten != "none")
 
 
 @dataclass(frozen=True)

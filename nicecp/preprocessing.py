@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Scalar = int | float | str
+_ORTHOGONAL = 1e-8  # eigh of 3072 dimensions is within 1e-13
 
 
 class Step(Protocol):
@@ -72,11 +74,23 @@ class Dequantize:
         level = np.floor((np.asarray(x, np.float64) - self.low) * (self.levels / (self.high - self.low)))
         return np.clip(level, 0, self.levels - 1).astype(np.uint8)
 
+    def middle(self, level: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Levels k (or means of them) -> the middle of their bins in data space."""
+        return np.asarray(self.low + (self.high - self.low) * (np.asarray(level, np.float64) + 0.5) / self.levels)
+
     def attrs(self) -> dict[str, Scalar]:
         return {"low": self.low, "high": self.high, "levels": self.levels}
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         return {}
+
+
+def _kept(step: object, name: str) -> NDArray[np.float64]:
+    """Replace an array of a frozen step by a read-only float64 copy of it, and return that."""
+    array = np.array(getattr(step, name), np.float64)
+    array.setflags(write=False)
+    object.__setattr__(step, name, array)
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +102,11 @@ class Standardize:
     std: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        mean, std = np.array(self.mean, np.float64), np.array(self.std, np.float64)
+        mean, std = _kept(self, "mean"), _kept(self, "std")
         if mean.ndim != 1 or mean.shape != std.shape:
             raise ValueError(f"mean and std must have one shape (d,), got {mean.shape} and {std.shape}")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError("mean must be finite and std finite and positive")
-        mean.setflags(write=False)
-        std.setflags(write=False)
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "std", std)
 
     @property
     def log_det(self) -> float:
@@ -118,10 +128,115 @@ class Standardize:
         return {"mean": self.mean, "std": self.std}
 
 
+@dataclass(frozen=True, eq=False)
+class Zca:
+    """ZCA whitening z = V diag(1 / sqrt(e + r)) V^T (x - mean), log abs det = -sum(log(e + r)) / 2.
+
+    mean : (d,) and e : (d,) eigenvalues, V : (d, d) with the eigenvectors of the covariance of x in its columns;
+    r >= 0 : regularization, in units of x squared. Source: Dinh et al. 2015, section 5.1; Krizhevsky 2009, appendix A.
+    """
+
+    kind: ClassVar[str] = "zca"
+    mean: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+    regularization: float = 0.0
+
+    def __post_init__(self) -> None:
+        mean, values, vectors = (_kept(self, name) for name in ("mean", "eigenvalues", "eigenvectors"))
+        d = len(mean)
+        if mean.shape != (d,) or values.shape != (d,) or vectors.shape != (d, d):
+            shapes = f"{mean.shape}, {values.shape} and {vectors.shape}"
+            raise ValueError(f"mean, eigenvalues and eigenvectors must be (d,), (d,) and (d, d), got {shapes}")
+        if not (np.isfinite(mean).all() and np.isfinite(values).all() and np.isfinite(vectors).all()):
+            raise ValueError("mean, eigenvalues and eigenvectors must be finite")
+        if not 0 <= self.regularization < math.inf or not (values + self.regularization > 0).all():
+            raise ValueError("the regularization must be at least 0, and all eigenvalues positive with it")
+        # The log-determinant and the inverse below are those of orthogonal vectors.
+        if np.abs(vectors.T @ vectors - np.eye(d)).max(initial=0.0) > _ORTHOGONAL:
+            raise ValueError("the eigenvectors must be orthogonal and of length 1")
+
+    @cached_property
+    def _matrix(self) -> NDArray[np.float64]:
+        return np.asarray((self.eigenvectors / np.sqrt(self.eigenvalues + self.regularization)) @ self.eigenvectors.T)
+
+    @cached_property
+    def _inverse(self) -> NDArray[np.float64]:
+        return np.asarray((self.eigenvectors * np.sqrt(self.eigenvalues + self.regularization)) @ self.eigenvectors.T)
+
+    @property
+    def log_det(self) -> float:
+        return -0.5 * float(np.log(self.eigenvalues + self.regularization).sum())
+
+    def forward(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray((x - self.mean) @ self._matrix)
+
+    def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(z @ self._inverse + self.mean)
+
+    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(dz @ self._matrix)  # symmetric
+
+    def attrs(self) -> dict[str, Scalar]:
+        return {"regularization": self.regularization}
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        return {"mean": self.mean, "eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors}
+
+
+@dataclass(frozen=True, eq=False)
+class Triangular:
+    """z = L x + b with L lower triangular, log abs det = sum(log abs L_ii): a Gaussian as a linear flow.
+
+    lower : (d, d), bias : (d,). Source: Dinh et al. 2015, appendix B (approximate whitening).
+    """
+
+    kind: ClassVar[str] = "triangular"
+    lower: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        lower, bias = _kept(self, "lower"), _kept(self, "bias")
+        d = len(bias)
+        if bias.shape != (d,) or lower.shape != (d, d):
+            raise ValueError(f"lower and bias must be (d, d) and (d,), got {lower.shape} and {bias.shape}")
+        if not (np.isfinite(lower).all() and np.isfinite(bias).all()):
+            raise ValueError("lower and bias must be finite")
+        if np.triu(lower, 1).any() or not np.diagonal(lower).all():
+            raise ValueError("lower must be zero above its diagonal and nowhere zero on it")
+
+    @property
+    def log_det(self) -> float:
+        return float(np.log(np.abs(np.diagonal(self.lower))).sum())
+
+    def forward(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(x @ self.lower.T + self.bias)
+
+    def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+        from scipy.linalg import solve_triangular
+
+        flat = (z - self.bias).reshape(-1, len(self.bias))
+        solved = solve_triangular(self.lower, flat.T, lower=True, check_finite=False)
+        return np.ascontiguousarray(solved.T).reshape(z.shape)
+
+    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(dz @ self.lower)
+
+    def attrs(self) -> dict[str, Scalar]:
+        return {}
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        return {"lower": self.lower, "bias": self.bias}
+
+
 def step_from(kind: str, attrs: Mapping[str, Scalar], arrays: Mapping[str, NDArray[np.float64]]) -> Step:
     """The step that a checkpoint describes; ValueError for an unknown kind or wrong numbers."""
     if kind == Dequantize.kind:
         return Dequantize(float(attrs["low"]), float(attrs["high"]), int(attrs["levels"]))
     if kind == Standardize.kind:
         return Standardize(arrays["mean"], arrays["std"])
+    if kind == Zca.kind:
+        return Zca(arrays["mean"], arrays["eigenvalues"], arrays["eigenvectors"], float(attrs["regularization"]))
+    if kind == Triangular.kind:
+        return Triangular(arrays["lower"], arrays["bias"])
     raise ValueError(f"unknown preprocessing step {kind!r}")

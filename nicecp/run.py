@@ -20,12 +20,13 @@ from nicecp.kernels.backend import Slot
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
-from nicecp.presets import VALID_FRACTION, Settings, check, contradiction, resolve
+from nicecp.presets import Settings, check, contradiction, resolve, valid_fraction_of
 from nicecp.records import EpochRecord, Event, RunRecord, note_differences
 from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, TrainConfig, Trainer
+from nicecp.whitening import whitening_step
 
 logger = logging.getLogger("nicecp")
 
@@ -139,7 +140,8 @@ class Run:
             check_output(out, overwrite, data)
             check_output(state_path(out), overwrite, data)
         fraction, seed = given.get("valid_fraction"), given.get("seed")
-        splits = open_splits(data, VALID_FRACTION if fraction is None else fraction, 0 if seed is None else seed)
+        fraction = valid_fraction_of(preset) if fraction is None else fraction
+        splits = open_splits(data, fraction, 0 if seed is None else seed)
         try:
             source, rows = splits.train.source, len(splits.train)
             settings = resolve(data, source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
@@ -150,6 +152,9 @@ class Run:
             backend = open_backend(device, threads)
             steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
             check_finite(splits)
+            steps += whitening_step(
+                settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
+            )
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             return cls(settings, data, splits, flow, None if out is None else os.fspath(out), checkpoint_every)

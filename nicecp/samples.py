@@ -57,7 +57,7 @@ def write_samples(
     check_output(out, overwrite, checkpoint)
     flow = load(checkpoint, backend=open_backend(device, threads))
     if suffix == ".png":
-        _check_drawable(flow, checkpoint)
+        check_drawable(flow, checkpoint)
     # The prior's draw, the rows, and copies on the way.
     require_memory(5 * 8 * n * flow.n_features, f"drawing {n:,} samples")
     samples = flow.sample(n, seed)
@@ -73,13 +73,14 @@ def _dequantize(flow: NICE) -> Dequantize | None:
     return next((step for step in flow.preprocessing if isinstance(step, Dequantize)), None)
 
 
-def _check_drawable(flow: NICE, checkpoint: StrPath) -> None:
+def check_drawable(flow: NICE, checkpoint: StrPath, remedy: str = "write the samples to a .h5 file") -> None:
+    """CheckpointError with this remedy unless the flow's data are grey or RGB images."""
     shape = flow.info.image_shape
     if shape is None:
-        raise CheckpointError(about_file(checkpoint, "its data have no image shape", "write the samples to a .h5 file"))
+        raise CheckpointError(about_file(checkpoint, "its data have no image shape", remedy))
     if len(shape) != 2 and not (len(shape) == 3 and shape[2] in (1, 3)):
         problem = f"its images of shape {shape} are neither grey (h, w) nor RGB (h, w, 3)"
-        raise CheckpointError(about_file(checkpoint, problem, "write the samples to a .h5 file"))
+        raise CheckpointError(about_file(checkpoint, problem, remedy))
 
 
 def as_images(flow: NICE, samples: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -33,10 +33,12 @@ MAX_COUNT = 1 << 53  # step and epoch counters also live in float64 arrays
 
 SECTIONS = ("training", "optimizer", "resume", "best")  # read by nicecp.checkpoint
 
-# Attributes (name, type) and arrays of each kind of preprocessing step.
-_STEPS: dict[str, tuple[dict[str, type], tuple[str, ...]]] = {
-    "dequantize": ({"low": float, "high": float, "levels": int}, ()),
-    "standardize": ({}, ("mean", "std")),
+# Attributes (name, type) and arrays (name, rank: (d,) or (d, d)) of each kind of preprocessing step.
+_STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
+    "dequantize": ({"low": float, "high": float, "levels": int}, {}),
+    "standardize": ({}, {"mean": 1, "std": 1}),
+    "zca": ({"regularization": float}, {"mean": 1, "eigenvalues": 1, "eigenvectors": 2}),
+    "triangular": ({}, {"lower": 2, "bias": 1}),
 }
 
 
@@ -301,7 +303,7 @@ def _read_preprocessing(reader: Reader, n_features: int) -> tuple[Step, ...]:
         kind = reader.text(group, "kind", _STEPS)
         scalars, arrays = _STEPS[kind]
         attrs = {key: reader.attr(group, key, form) for key, form in scalars.items()}
-        values = {key: reader.array(f"{group}/{key}", "float64", (n_features,)) for key in arrays}
+        values = {key: reader.array(f"{group}/{key}", "float64", (n_features,) * rank) for key, rank in arrays.items()}
         steps.append(_built(reader, group, step_from, kind, attrs, values))
     return tuple(steps)
 

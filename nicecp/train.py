@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nicecp.errors import TrainingError
-from nicecp.evaluate import Evaluator, check_fits, loading, log_det
+from nicecp.evaluate import Evaluator, check_fits, log_det
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
+from nicecp.loading import Loader
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
@@ -123,7 +124,7 @@ class Trainer:
         self.best[...] = self.p
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
         self._ws = network.workspace(config.batch_size, keep=True)
-        self._shift, self._scale = (backend.asarray(a) for a in loading(flow.preprocessing, flow.n_features))
+        self._loader = Loader(flow, config.batch_size)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
         # Steps read these two arrays at every window, so that a recorded step stays valid.
         capacity = min(len(train), self.reader.window + config.batch_size)
@@ -141,18 +142,8 @@ class Trainer:
     def _step(self) -> None:
         """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
         backend, ws = self.backend, self._ws
-        backend.load_batch(
-            *ws.x,
-            ws.weight,
-            self._data,
-            self._index,
-            self._rows,
-            self._shift,
-            self._scale,
-            self.state,
-            self.config.seed,
-            Purpose.TRAIN_NOISE,
-        )
+        seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
+        self._loader.load(ws, self._data, self._index, self._rows, self.state, seed, purpose)
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER

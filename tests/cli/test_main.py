@@ -20,7 +20,10 @@ from nicecp.cli.main import main
 from nicecp.flow import NICE
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = [[name] for name in COMMANDS] + [["data", name] for name in ("demo", "csv", "idx")]
+ALL = [[name] for name in COMMANDS] + [
+    ["data", name] for name in ("demo", "csv", "idx", "mnist", "cifar10", "svhn", "tfd")
+]
+ALL += [["plot", name] for name in ("samples", "spectrum", "manifold", "curve", "inpainting")]
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)

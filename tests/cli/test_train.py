@@ -341,3 +341,68 @@ def test_a_resumed_run_keeps_its_settings(folder: Path, capsys: pytest.CaptureFi
         err = capsys.readouterr().err
         assert err.startswith(f"nicecp: error: 'run.h5': {expected}")
         assert err.endswith("; leave it out, or start a new run with another --out\n")
+
+
+def test_whitened_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps are in both files; a resumed run ends with the same bits; evaluation repeats the run's numbers."""
+    for data, kinds, words in (
+        ("images.h5", ["dequantize", "zca"], ["--whiten", "zca", "--range", "-1,1"]),
+        ("images.h5", ["dequantize", "triangular"], ["--whiten", "approximate"]),
+        ("table.h5", ["standardize", "triangular"], ["--whiten", "gaussian", "--regularization", "0.01"]),
+    ):
+        common = ["train", "--data", data, "--overwrite", *words, *SMALL]
+        run([*common, "--out", "whole.h5", "--epochs", "4"], capsys)
+        run([*common, "--out", "part.h5", "--epochs", "2"], capsys)
+        run(["train", "--resume", "part.h5", "--epochs", "4"], capsys)
+        assert model_bytes("part.h5") == model_bytes("whole.h5")
+        flow, record = load_run("part.h5")
+        assert record is not None
+        assert [step.kind for step in flow.preprocessing] == kinds
+        out, _ = run(["evaluate", "part.h5", "--data", data, "--split", "valid", "--json"], capsys)
+        assert json.loads(out)["mean"] == record.best_valid_log_likelihood
+        run(["sample", "part.h5", "-n", "5", "--out", "x.h5", "--overwrite"], capsys)
+        with h5py.File("x.h5") as file:
+            np.testing.assert_allclose(file["samples"][()], flow.sample(5, 0).astype(flow.dtype))
+        if data == "images.h5":
+            words = ["--mask", "top", "--iterations", "2", "--overwrite"]
+            run(["inpaint", "part.h5", "--data", data, *words, "--out", "x.png"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--whiten", "zca"],
+            "'bad.h5:/train': the covariance of the 50 training rows is singular: some",
+        ),
+        (["--whiten", "approximate", "--regularization", "1"], "regularization is for whitening by zca or gaussian"),
+        (["--preset", "cifar10-code", "--couplings", "3"], "--couplings must be those of the preset 'cifar10-code'"),
+    ],
+)
+def test_refused_whitening(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    with h5py.File("bad.h5", "w") as file:
+        file["train"] = np.column_stack([rows, rows.sum(1)])
+    assert main(["train", "--data", "bad.h5", *words]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert message in shown.err
+    assert not Path("run.h5").exists()
+
+
+def test_the_plan_of_a_published_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PAPER's depths 1,1,3,3,2,2,1,1 of 2400 units, counted by hand for 12 features in halves of 6."""
+    words = ["train", "--data", "images.h5", "--preset", "cifar10-code", "--batch-size", "20", "--dry-run", "--json"]
+    out, _ = run(words, capsys)
+    plan = json.loads(out)
+    sizes = [2 * 6 * 2400 + 2406 + (depth - 1) * (2400 * 2400 + 2400) for depth in (1, 1, 3, 3, 2, 2, 1, 1)]
+    assert plan["n_parameters"] == sum(sizes) + 12
+    assert plan["settings"]["valid_fraction"] == 0.2
+    assert plan["seconds_per_step"] > 0
+    products = [2 * 6 * 2400 + (depth - 1) * 2400 * 2400 for depth in (1, 1, 3, 3, 2, 2, 1, 1)]
+    assert plan["flops"] == 2 * 20 * (3 * sum(products) - 6 * 2400)
+    small = ["--preset", "cifar10", "--hidden", "8", "--batch-size", "20"]
+    out, _ = run(["train", "--data", "images.h5", *small, "--dry-run", "--json"], capsys)
+    plan = json.loads(out)
+    assert plan["flops"] == 2 * 20 * (3 * 4 * 2 * 6 * 8 - 6 * 8) + 2 * 20 * 12 * 12  # and the whitening's product
+    assert not Path("run.h5").exists()

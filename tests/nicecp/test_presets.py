@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
+from nicecp.cli import train as cli_train
 from nicecp.optimizers import AdaM, RMSProp
-from nicecp.presets import CHOICES, NAMES, PRESETS, Settings, choose, contradiction, resolve
+from nicecp.presets import (
+    CHOICES,
+    NAMES,
+    PRESETS,
+    Settings,
+    choose,
+    contradiction,
+    resolve,
+    valid_fraction_of,
+)
 
 WINDOW = 1000
 
@@ -27,6 +37,59 @@ def test_mnist_is_the_paper() -> None:
         settings.model_spec(784).n_parameters
         == 4 * (392 * 1000 + 1000 + 4 * (1000 * 1000 + 1000) + 1000 * 392 + 392) + 784
     )
+
+
+# name: hidden layers of each coupling, prior, optimiser, rate and its floor, batch, range, whitening, validation rows
+# (PAPER: section 2's table, protocol and optimiser; section 5 for the published files).
+PAPER = {
+    "mnist": ([(1000,) * 5] * 4, "logistic", "adam", 1e-3, 0.0, 200, (0, 1), "none", 1 / 6),
+    "tfd": ([(5000,) * 4] * 4, "gaussian", "adam", 1e-3, 0.0, 128, (0, 1), "approximate", 1 / 6),
+    "svhn": ([(2000,) * 4] * 4, "logistic", "adam", 1e-3, 0.0, 200, (0, 1), "zca", 1 / 6),
+    "cifar10": ([(2000,) * 4] * 4, "logistic", "adam", 1e-3, 0.0, 200, (-1, 1), "zca", 1 / 5),
+    "mnist-code": ([(1000,) * 5] * 4, "logistic", "rmsprop", 1e-3, 1e-4, 200, (0, 1), "none", 1 / 6),
+    "tfd-code": (
+        [(2000,) * depth for depth in (3, 3, 2, 2, 1, 1, 1, 1)],
+        *("logistic", "rmsprop", 1e-3, 1e-4, 128, (0, 1), "none", 1 / 6),
+    ),
+    "svhn-code": ([(2000,) * 3] * 4, "gaussian", "rmsprop", 1e-3, 1e-4, 200, (0, 1), "none", 1 / 6),
+    "cifar10-code": (
+        [(2400,) * depth for depth in (1, 1, 3, 3, 2, 2, 1, 1)],
+        *("gaussian", "rmsprop", 2e-4, 1e-5, 200, (-1, 1), "none", 1 / 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_are_the_papers(name: str) -> None:
+    hidden, prior, kind, rate, floor, batch, value_range, whiten, fraction = PAPER[name]
+    settings = resolve("a.h5", True, WINDOW, name)
+    spec = settings.model_spec(3072)
+    assert [coupling.hidden for coupling in spec.couplings] == hidden
+    assert [coupling.transforms for coupling in spec.couplings] == [1, 0] * (len(hidden) // 2)
+    optimizer = settings.optimizer
+    assert (spec.prior, optimizer.kind, optimizer.rate, optimizer.rate_floor) == (prior, kind, rate, floor)
+    if isinstance(optimizer, RMSProp):
+        assert (optimizer.average, optimizer.floor, optimizer.rate_decay) == (0.95, 0.01, 1.0005)
+        assert [optimizer.momentum_at(epoch) for epoch in (1, 5, 6, 7)] == [0.0, 0.0, 0.5, 0.5]
+    else:
+        assert optimizer == AdaM(1e-3, 0.9, 0.01, 1.0, 1e-4)
+    assert (settings.batch_size, settings.value_range, settings.whiten) == (batch, value_range, whiten)
+    assert (settings.epochs, settings.patience, settings.init) == (1500, None, "paper")
+    assert settings.valid_fraction == valid_fraction_of(name) == fraction
+
+
+def test_sizes_given_replace_those_of_each_coupling() -> None:
+    settings = resolve("a.h5", True, WINDOW, "cifar10-code", hidden=(7,), couplings=3)
+    assert [coupling.hidden for coupling in settings.model_spec(6).couplings] == [(7,)] * 3
+    own = resolve("a.h5", True, WINDOW, couplings=3, hidden_by_coupling=((1,), (2, 3), ()))
+    assert [coupling.hidden for coupling in own.model_spec(6).couplings] == [(1,), (2, 3), ()]
+    recorded = resolve("a.h5", True, WINDOW, "cifar10-code")
+    assert contradiction(recorded, hidden=(7,)) != ""
+    assert contradiction(recorded, preset="cifar10-code") == ""
+
+
+def test_the_command_line_offers_every_preset() -> None:
+    assert set(cli_train.PRESETS) == set(CHOICES)
 
 
 def test_auto_follows_the_data() -> None:
@@ -74,6 +137,13 @@ def test_optimizers() -> None:
         (False, {"init": "zeros"}, "zeros"),
         (False, {"valid_fraction": 1.0}, "fraction"),
         (False, {"numbers": {"rate": 0.0}}, "rate must be positive"),
+        (False, {"whiten": "pca"}, "whiten must be one of none, zca, gaussian, approximate"),
+        (False, {"whiten": "zca", "regularization": -1.0}, "regularization must be at least 0"),
+        (False, {"regularization": 0.1}, "leave it out"),
+        (False, {"whiten": "approximate", "regularization": 0.1}, "leave it out"),
+        (False, {"hidden_by_coupling": ((3,), (3,))}, "hidden_by_coupling must be 8 lists"),
+        (False, {"couplings": 1, "hidden_by_coupling": ((0,),)}, "at least 1"),
+        (True, {"preset": "tfd-code", "couplings": 4}, "couplings must be those of the preset 'tfd-code'"),
     ],
 )
 def test_refused(eight_bit: bool, given: dict[str, Any], words: str) -> None:
@@ -136,7 +206,9 @@ def test_every_setting_takes_part_in_the_comparison() -> None:
             continue
         value = asdict(settings)[name]
         other = "other" if isinstance(value, str) else (not value if isinstance(value, bool) else None)
-        if other is None:
+        if value is None:
+            other = ((9,),)
+        elif other is None:
             other = (*value, 9) if isinstance(value, tuple) else value + 1
         assert contradiction(settings, **{name: other}) != "", name
         assert contradiction(replace(settings, **{name: other}), **{name: other}) == ""

@@ -11,7 +11,7 @@ import pytest
 
 from nicecp import __version__, schema
 from nicecp.errors import CheckpointError
-from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.preprocessing import Dequantize, Standardize, Step, Triangular, Zca
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_from_tree, model_tree
 from nicecp.spec import CouplingSpec, ModelSpec, alternating
@@ -67,6 +67,43 @@ def test_round_trip_of_images() -> None:
     assert [step.kind for step in read] == ["dequantize", "standardize"]
     assert read[0] == Dequantize(-1.0, 1.0, 256)
     assert {array.dtype for array in parameters.values()} == {np.dtype(np.float32)}
+
+
+def test_round_trip_of_whitening() -> None:
+    spec = ModelSpec(6, alternating((3,), 1), "logistic", "float64")
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    zca = Zca(np.arange(6.0), np.linspace(0, 2, 6), vectors, 0.25)
+    lower = Triangular(np.tril(np.ones((6, 6))), np.arange(6.0))
+    tree = decode(encode(model_tree(spec, numbers(spec), (zca, lower), DataInfo())), "x")
+    assert tree.attrs["/preprocessing/0"] == {"kind": "zca", "regularization": 0.25}
+    assert tree.attrs["/preprocessing/1"] == {"kind": "triangular"}
+    found = model_from_tree(tree, "x")[2]
+    assert [type(step) for step in found] == [Zca, Triangular]
+    for step, back in zip((zca, lower), found, strict=True):
+        assert back.attrs() == step.attrs()
+        for name, values in step.arrays().items():
+            np.testing.assert_array_equal(back.arrays()[name], values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text"),
+    [
+        ("/preprocessing/0/eigenvectors", 1.001 * np.eye(6), "orthogonal and of length 1"),
+        ("/preprocessing/0/eigenvectors", np.eye(6)[:5], "should have shape (6, 6), has (5, 6)"),
+        ("/preprocessing/0/eigenvalues", -np.ones(6), "all eigenvalues positive"),
+        ("/preprocessing/1/lower", np.ones((6, 6)), "zero above its diagonal"),
+        ("/preprocessing/1/lower", np.zeros((6, 6)), "nowhere zero on it"),
+        ("/preprocessing/1/bias", np.full(6, np.inf), "is not finite"),
+    ],
+)
+def test_wrong_whitening_is_refused(name: str, values: Any, text: str) -> None:
+    spec = ModelSpec(6, alternating((3,), 1), "logistic", "float64")
+    steps = (Zca(np.zeros(6), np.ones(6), np.eye(6), 0.5), Triangular(np.eye(6), np.zeros(6)))
+    tree = model_tree(spec, numbers(spec), steps, DataInfo())
+    tree.arrays[name] = values
+    with pytest.raises(CheckpointError) as caught:
+        model_from_tree(tree, "run.h5")
+    assert text in str(caught.value)
 
 
 def test_names_and_types_are_those_of_the_page() -> None:
