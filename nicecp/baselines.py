@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
-from nicecp.data import open_source
+from nicecp.data import open_source, open_splits
 from nicecp.errors import DataError, about_file
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE
@@ -25,7 +25,7 @@ from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.presets import PRESETS
 from nicecp.records import RunRecord
-from nicecp.scoring import choose_rows, own_rows, recorded_settings
+from nicecp.scoring import choose_rows, recorded_settings
 from nicecp.spec import ModelSpec, alternating
 from nicecp.split import SequentialReader, Split
 from nicecp.whitening import fit_gaussian
@@ -99,9 +99,19 @@ def compare(
 
 def _training_rows(flow: NICE, record: RunRecord | None, data: Any, split: Split) -> Split:
     """The run's own training rows; without a record, the training dataset if it is not what is scored."""
-    own = own_rows(flow, record, data, "train")
-    if own is not None:
-        return own
+    settings = recorded_settings(record)
+    if settings is not None:
+        try:
+            splits = open_splits(data, settings.valid_fraction, settings.seed)
+        except DataError:
+            splits = None  # no training data in it: opening them below says what is wrong
+        if splits is not None:
+            if splits.train.source.fingerprint() == flow.info.fingerprint:
+                for other in (splits.valid, splits.test):
+                    if other is not None and other.source is not splits.train.source:
+                        other.source.close()
+                return splits.train
+            splits.close()
     source = open_source(data, "train")
     if source.fingerprint() == split.source.fingerprint():
         source.close()

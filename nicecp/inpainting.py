@@ -21,9 +21,8 @@ from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend, require_memory
 from nicecp.masks import masks_of
 from nicecp.outputs import check_output
-from nicecp.preprocessing import Dequantize
 from nicecp.records import RunRecord
-from nicecp.samples import as_images, check_drawable
+from nicecp.samples import as_images, check_drawable, dequantization_of
 from nicecp.split import Split
 from nicecp.store import write_bytes
 
@@ -168,7 +167,7 @@ def inpaint_images(
 
 def _images(flow: NICE, data: Any, n: int, first: int, box: tuple[float, float] | None) -> tuple[FloatArray, str]:
     """n rows in data space : (n, d), and the name of their dataset; DataError where they do not fit."""
-    step = _dequantize(flow)
+    step = dequantization_of(flow)
     source = open_source(data, "test")
     try:
         split = Split.contiguous(source, 0, source.n_rows, Purpose.TEST_NOISE)
@@ -191,14 +190,10 @@ def _images(flow: NICE, data: Any, n: int, first: int, box: tuple[float, float] 
         source.close()
 
 
-def _dequantize(flow: NICE) -> Dequantize | None:
-    return next((step for step in flow.preprocessing if isinstance(step, Dequantize)), None)
-
-
 def _training_mean(flow: NICE, record: RunRecord | None, data: Any) -> FloatArray | None:
     """(d,) mean of the rows that the flow was trained on, in data space, if they are in the data or where they were."""
     recorded = None if record is None else record.config.get("data")
-    step = _dequantize(flow)
+    step = dequantization_of(flow)
     for spec in [data, recorded] if isinstance(recorded, str) and recorded else [data]:
         try:
             with open_splits(spec) as splits:
@@ -277,7 +272,7 @@ def _hdf5(painted: Painted) -> bytes:
             "log_prob_after": painted.log_prob_after,
             "masks": np.array([name.encode("utf-8", "backslashreplace") for name in painted.names]),
         }
-        step = _dequantize(flow)
+        step = dequantization_of(flow)
         if step is not None:
             arrays["result_images"] = step.to_bytes(painted.result).reshape(*painted.result.shape[:-1], *shape)
         for name, array in arrays.items():

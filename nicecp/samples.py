@@ -69,7 +69,8 @@ def write_samples(
     return Written(n, flow.n_features, seed)
 
 
-def _dequantize(flow: NICE) -> Dequantize | None:
+def dequantization_of(flow: NICE) -> Dequantize | None:
+    """The flow's dequantization, or None for flows of floats."""
     return next((step for step in flow.preprocessing if isinstance(step, Dequantize)), None)
 
 
@@ -89,7 +90,7 @@ def as_images(flow: NICE, samples: NDArray[np.float64]) -> NDArray[np.uint8]:
     Values of 8-bit data get their bytes back; floats are stretched so that the samples' extremes are black and white.
     """
     shape = flow.info.image_shape or (flow.n_features,)
-    step = _dequantize(flow)
+    step = dequantization_of(flow)
     if step is not None:
         pixels = step.to_bytes(samples)
     else:
@@ -114,7 +115,7 @@ def _hdf5(flow: NICE, samples: NDArray[np.float64], seed: int, checkpoint: str) 
             attrs["image_shape"] = np.array(info.image_shape, np.int64)
         for name, value in attrs.items():
             dataset.attrs[name] = value
-        step = _dequantize(flow)
+        step = dequantization_of(flow)
         if step is not None:
             dataset.attrs["range"] = np.array([step.low, step.high])
             shape = info.image_shape or (flow.n_features,)

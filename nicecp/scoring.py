@@ -84,13 +84,13 @@ def score(
 def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split:
     """The rows that ``score`` means; the caller closes the split's source. DataError where they do not fit the flow."""
     if part in ("train", "valid"):
-        return own_rows(flow, record, data, part) or _all_rows(flow, open_source(data, part), part)
+        return _own_rows(flow, record, data, part) or _all_rows(flow, open_source(data, part), part)
     source = open_source(data, "test")
     if part == "test":
         _refuse_training_rows(flow, data, source)
     whole = _all_rows(flow, source, "test")
     if part == "auto" and not _is_named(data, whole.source) and _plays_train(data, whole.source):
-        own = own_rows(flow, record, data, "valid")
+        own = _own_rows(flow, record, data, "valid")
         if own is not None:
             whole.source.close()
             return own
@@ -138,7 +138,7 @@ def _plays_train(data: Any, source: Source) -> bool:
     return train.name == source.name
 
 
-def own_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split | None:
+def _own_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split | None:
     """The run's own training or validation rows, if these are the data that it was trained on."""
     settings = recorded_settings(record)
     if settings is None or not flow.info.fingerprint:
@@ -201,7 +201,7 @@ def example_rows(flow: NICE, split: Split, n: int) -> NDArray[np.float64]:
     rows = np.asarray(head(split, n).load()[0][:n], np.float64)
     for step in flow.preprocessing:
         if isinstance(step, Dequantize):
-            return step.middle(rows)
+            return step.low + (step.high - step.low) * (rows + 0.5) / step.levels
     return rows
 
 

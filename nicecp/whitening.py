@@ -28,6 +28,7 @@ FloatArray = NDArray[np.float64]
 
 KINDS = ("none", "zca", "gaussian", "approximate")
 _BLOCK_ELEMENTS = 2**22  # of rows that are turned into float64 at a time
+_SLOW = 1000  # features: a step takes some 20 ms
 _SINGULAR = 1e-13  # of the largest eigenvalue, times d: what is smaller is rounding
 
 
@@ -165,6 +166,12 @@ def fit_approximate(
     With a gradient of g = dz x^T, dz = -z, and 1 / L_ii on the diagonal; L stays lower triangular.
     Source: Dinh et al. 2015, appendix B.
     """
+    if train.source.n_features >= _SLOW:
+        logger.warning(
+            "learning the whitening of %d features comes before the first epoch and takes minutes or more; "
+            "gaussian whitening is its closed form",
+            train.source.n_features,
+        )
     learner = _Learner(train, steps, backend, optimizer, min(batch_size, len(train)), seed)
     judge = valid if valid is not None and len(valid) else train
     best, best_score = learner.parameters(), -math.inf

@@ -257,14 +257,14 @@ def test_archives_cannot_write_elsewhere(folder: Path, capsys: pytest.CaptureFix
     write_cifar(folder / "c")
     (folder / "work").mkdir()
     with tarfile.open("evil.tar", "w") as tar:
+        link = tarfile.TarInfo("data_batch_1.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
         for path in sorted((folder / "c").iterdir()):
             info = tarfile.TarInfo(f"../../{path.name}")
             data = path.read_bytes()
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-        link = tarfile.TarInfo("data_batch_1.bin")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
     before = sorted(os.listdir("..")), sorted(os.listdir())
     assert main(["data", "cifar10", "evil.tar", "--out", "work/c.h5"]) == 0
     assert before == (sorted(os.listdir("..")), sorted(os.listdir()))

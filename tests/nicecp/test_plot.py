@@ -17,6 +17,7 @@ from nicecp.checkpoint import save_run
 from nicecp.cli.main import main
 from nicecp.errors import CheckpointError, MissingExtra
 from nicecp.flow import NICE
+from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize
 from nicecp.records import DataInfo, EpochRecord, RunRecord
 from tests.nicecp.test_images import decode_png
@@ -78,6 +79,19 @@ def test_the_sphere(prior: str, variance: float) -> None:
     np.testing.assert_allclose(polar, np.pi * (np.arange(4) + 0.5) / 4, rtol=1e-9)
     typical = np.linalg.norm(flow.forward(flow.sample(500, 3))[0], axis=1)
     assert np.linalg.norm(h[0, 0]) == pytest.approx(typical.mean(), rel=0.03)  # 500 draws differ by under 1 %
+
+
+def test_all_rotations_are_equally_likely() -> None:
+    """Gram-Schmidt of Gaussian vectors: each axis leans towards the vector that it comes from."""
+    flow = flow_of(None)
+    drawn = flow.backend.alloc((3, 60), np.float64)
+    for seed in range(5):
+        flow.backend.fill_normal(drawn, seed, Purpose.SAMPLE, 1)
+        h = plot.sphere(flow, 2, 4, seed=seed)
+        axes = h[0, 0] - h[0, 2], h[0, 1] - h[0, 3], h[0].sum(0)  # x, y and z of the sphere
+        for i, axis in enumerate(axes):
+            assert np.dot(axis, drawn[i]) > 0
+            np.testing.assert_allclose(axis @ drawn[:i].T, 0, atol=1e-9)
 
 
 def test_the_manifold_depends_on_the_seed_alone() -> None:

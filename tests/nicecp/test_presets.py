@@ -78,6 +78,14 @@ def test_presets_are_the_papers(name: str) -> None:
     assert settings.valid_fraction == valid_fraction_of(name) == fraction
 
 
+def test_settings_of_older_runs_are_read() -> None:
+    settings = resolve("a.h5", True, WINDOW)
+    values = settings.to_json()
+    for name in ("whiten", "regularization", "hidden_by_coupling"):
+        del values[name]
+    assert Settings.from_json(values) == settings
+
+
 def test_sizes_given_replace_those_of_each_coupling() -> None:
     settings = resolve("a.h5", True, WINDOW, "cifar10-code", hidden=(7,), couplings=3)
     assert [coupling.hidden for coupling in settings.model_spec(6).couplings] == [(7,)] * 3

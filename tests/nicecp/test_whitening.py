@@ -173,6 +173,13 @@ def test_early_stopping_keeps_the_best_and_scores_in_data_space() -> None:
     np.testing.assert_array_equal(found.step.lower, again.step.lower)
 
 
+def test_learning_many_features_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 1000))
+    fit_approximate(train_of(rows), (), None, backend=get_backend("cpu", 1), epochs=1, batch_size=20)
+    fit_approximate(train_of(rows[:, :9]), (), None, backend=get_backend("cpu", 1), epochs=1, batch_size=20)
+    assert [record.getMessage()[:40] for record in caplog.records] == ["learning the whitening of 1000 features "]
+
+
 def test_singular_covariances_are_refused() -> None:
     twice = np.column_stack([TABLE, TABLE[:, 0] * 2])
     for fitted in (fit_zca, fit_gaussian):
