@@ -12,8 +12,8 @@ from nicecp.cli.options import (
     SEED,
     command,
     data_name,
-    duration,
     hidden_sizes,
+    interval,
     json_option,
     machine_options,
     value_range,
@@ -125,11 +125,18 @@ def _number_options(function: Any) -> Any:
 @machine_options
 @click.option(
     "--checkpoint-every",
-    type=duration,
-    metavar="TIME",
+    type=interval,
+    metavar="TIME|EPOCHS",
     default="5min",
     show_default=True,
-    help="Time between checkpoints: 30s, 5min, 2h; a plain number is minutes.",
+    help="Between checkpoints: 30s, 5min, 2h, or 10e for 10 epochs; a plain number is minutes.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="State files to keep: the newest as run.state.h5, older ones as run.state.1.h5 and so on.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Print model, memory, operations and time, and write nothing.")
@@ -145,7 +152,8 @@ def train(
     allow_constant: bool,
     device: str,
     threads: int | None,
-    checkpoint_every: float,
+    checkpoint_every: tuple[float, int | None],
+    keep: int,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -171,7 +179,9 @@ def train(
         "allow_constant": True if allow_constant else None,
         "device": device,
         "threads": threads,
-        "checkpoint_every": checkpoint_every,
+        "checkpoint_every": checkpoint_every[0],
+        "checkpoint_epochs": checkpoint_every[1],
+        "keep": keep,
         **given,
     }
     run: Run | None = None

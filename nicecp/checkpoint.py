@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from nicecp.errors import CheckpointError, about_file
+from nicecp.files import reason
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Backend, Slot
 from nicecp.records import EpochRecord, Event, Parameters, ResumeState, RunRecord
 from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_model, read_parameters
 from nicecp.spec import ModelSpec
-from nicecp.store import Attribute, Tree, read_tree, reason, strings, write_tree
+from nicecp.store import Attribute, Tree, read_tree, strings, write_tree
 
 MAX_JSON = 1 << 20  # bytes
 MAX_JSON_DEPTH = 32
@@ -75,8 +76,8 @@ def load_state(path: StrPath, *, backend: Backend | None = None) -> tuple[NICE, 
 def save_run(path: StrPath, flow: NICE, best_parameters: Parameters, run: RunRecord, overwrite: bool = False) -> None:
     """Write the architecture of ``flow`` with the best parameters, and the record of the run.
 
-    The file appears whole or not at all. Raises CheckpointError: it exists already, cannot be written, or the
-    parameters are not finite.
+    The file appears whole or not at all. Raises OutputError (it exists already or cannot be written) and
+    CheckpointError (the parameters are not finite).
     """
     write_tree(path, _run_tree(flow, best_parameters, run), overwrite)
 

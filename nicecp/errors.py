@@ -18,7 +18,11 @@ class DataError(NicecpError, ValueError):
 
 
 class CheckpointError(NicecpError, ValueError):
-    """A checkpoint that cannot be read, does not fit, or cannot be written."""
+    """A checkpoint that cannot be read, does not fit, or holds numbers that could not be read again."""
+
+
+class OutputError(NicecpError, ValueError):
+    """A file that cannot be written: the name, the folder, the disk, or another run at work on it."""
 
 
 class DeviceError(NicecpError, RuntimeError):

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.spec",
         "nicecp.preprocessing",
         "nicecp.records",
+        "nicecp.files",
         "nicecp.store",
         "nicecp.schema",
         "nicecp.params",
