@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nicecp.csv_text import Table, text_blocks
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.files import reason, write_bytes
-from nicecp.hdf5_data import check_regular, one_line
+from nicecp.hdf5_open import check_regular, one_line
 from nicecp.outputs import check_output
 from nicecp.sources import check_finite, check_size
 

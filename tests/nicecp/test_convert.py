@@ -161,7 +161,7 @@ def test_outputs_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     assert target.read_bytes() == b"precious"
     csv_to_hdf5(tmp_path / "x.csv", target, overwrite=True)
     assert open_source(target).n_rows == 2
-    with pytest.raises(OutputError, match="its folder cannot be written.*make the folder"):
+    with pytest.raises(OutputError, match=r"its folder cannot be written.*make the folder"):
         csv_to_hdf5(tmp_path / "x.csv", tmp_path / "no" / "x.h5")
     (tmp_path / "dir").mkdir()
     with pytest.raises(OutputError, match="it is a folder"):
