@@ -92,6 +92,8 @@ def save_state(path: StrPath, flow: NICE, run: RunRecord, state: ResumeState, ov
     add_parameters(tree, "/optimizer/second_moment", state.second_moment)
     seconds, stale = float(state.epoch_seconds), int(state.stale_epochs)
     tree.attrs["/resume"] = {"stale_epochs": stale, "epoch_seconds": seconds}
+    if state.bad_steps:
+        tree.attrs["/resume"]["bad_steps"] = int(state.bad_steps)
     tree.arrays["/resume/state"] = state.state
     add_parameters(tree, "/best", state.best_parameters)
     _read_state(Reader(tree, path, "it is not saved"), flow.spec)
@@ -224,6 +226,7 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
             raise reader.refuse("/resume/state", f"element {slot} ({name}) is {value}")
     if state[Slot.STEP] != step:
         raise reader.refuse("/optimizer", f"attribute 'step' is {step}, /resume/state has {state[Slot.STEP]:.0f}")
+    has_bad_steps = "bad_steps" in reader.attr_names("/resume")
     return ResumeState(
         parameters={},
         first_moment=first,
@@ -234,4 +237,5 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
         state=state,
         stale_epochs=reader.integer("/resume", "stale_epochs", 0, MAX_EPOCH),
         epoch_seconds=reader.number("/resume", "epoch_seconds"),
+        bad_steps=reader.integer("/resume", "bad_steps", 1, MAX_COUNT) if has_bad_steps else 0,
     )

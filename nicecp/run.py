@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nicecp.checkpoint import load_state, save_run, save_state, state_path
+from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
-from nicecp.errors import CheckpointError, about_file
+from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import Evaluation, evaluate
 from nicecp.fitting import preprocessing_for
 from nicecp.flow import NICE
@@ -157,9 +158,11 @@ class Run:
             backend = open_backend(device, threads)
             steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
             check_finite(splits)
+            check_representable(splits, steps, spec.dtype)
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
+            run.trainer.record.events += discrete_columns_noted(splits.train)
             run._held = held.pop_all()
             return run
 
@@ -293,7 +296,7 @@ class Run:
         Raises
         ------
         TrainingError
-            The loss is not finite for a whole epoch.
+            The loss is not finite again and again (nicecp.recovery); the best model so far is saved.
         OutputError
             The files cannot be written at the end. (Before that a failure is a warning, and the next time may do.)
         """
@@ -308,10 +311,19 @@ class Run:
         self._keeper.begin()
         with stopping(self._stop):
             if self.stopped_by is None:
-                trainer.run()
+                self._train()
             if not trainer.finished:
                 self.save()
         return self._outcome(began)
+
+    def _train(self) -> None:
+        try:
+            self.trainer.run()
+        except TrainingError as error:
+            if self.out is None or self.trainer.record.best_epoch == 0:
+                raise
+            self.save()
+            raise TrainingError(f"{error}; the best model so far is kept in {self.out!r}") from error
 
     def save(self) -> None:
         """Write both files now; nothing without ``out``."""
