@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -111,7 +112,7 @@ def open_hdf5(path: str, dataset: str | None = None) -> h5py.File:
         text = one_line(error)
         if "truncated" in text:
             raise DataError(about_file(path, "the file is truncated", "copy or download it again")) from None
-        if "lock" in text:
+        if re.search(r"\block", text):  # not of the superblock
             problem, remedy = "another program is writing it", "wait until it is closed"
             raise DataError(about_file(path, problem, remedy)) from None
         raise DataError(about_file(path, f"the file is damaged ({text})", "copy or download it again")) from None

@@ -25,7 +25,7 @@ from nicecp.errors import DataError, about_file
 
 logger = logging.getLogger("nicecp")
 
-CPU_SECONDS = 3  # of computing: a slow disk or a busy machine does not count
+CPU_SECONDS = 1.5  # of computing: a slow disk or a busy machine does not count
 WALL_SECONDS = 60.0
 MEMORY_BYTES = 2**31
 
@@ -59,7 +59,7 @@ def check(path: str, dataset: str | None) -> None:
 
                 code = child.wait(WALL_SECONDS)
             except subprocess.TimeoutExpired:
-                code = -signal.SIGXCPU
+                code = -signal.SIGPROF
             finally:
                 child.kill()
         _judge(path, code)
@@ -110,8 +110,10 @@ def _start(path: str, dataset: str | None) -> subprocess.Popen[bytes] | None:
 def _judge(path: str, code: int) -> None:
     """What the child's end says about the file. An error that it met comes again, in words, in this process."""
     remedy = "copy or download it again; if it is whole, h5repack may help"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        problem = f"the file is damaged or made to hang its reader (HDF5 took more than {CPU_SECONDS} s to open it)"
+    if code in (-signal.SIGPROF, -signal.SIGKILL):
+        problem = (
+            f"the file is damaged or made to hang its reader (HDF5 was at work on it for more than {CPU_SECONDS} s)"
+        )
     elif code < 0:
         problem = f"the file is damaged (opening it crashed HDF5: {signal.Signals(-code).name})"
     elif code == TOO_MUCH_MEMORY:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
 
 from nicecp import probe
@@ -19,8 +20,9 @@ def main() -> None:
     import nicecp.hdf5_data  # noqa: F401  before the limits: what an interpreter needs is not the file's doing
 
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_CPU, probe.CPU_SECONDS + _seconds_used())
     _limit(resource.RLIMIT_AS, probe.MEMORY_BYTES)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, probe.CPU_SECONDS)  # RLIMIT_CPU knows whole seconds only
     code = 0
     try:
         look(path, dataset[0] if dataset else None)
@@ -50,8 +52,3 @@ def _limit(kind: int, value: int) -> None:
     hard = resource.getrlimit(kind)[1]
     with contextlib.suppress(OSError, ValueError):  # macOS has no limit on memory
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-
-def _seconds_used() -> int:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return int(usage.ru_utime + usage.ru_stime) + 1
