@@ -156,7 +156,7 @@ def test_going_back_is_the_same_after_a_resume(table: str, tmp_path: Path, stop:
     assert model_bytes(parts) == model_bytes(whole)
 
 
-# --- the log-scale ----------------------------------------------------------------------------------------------------
+# --- the log-scale ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 15.9), ("float64", 36.0)])
