@@ -66,6 +66,7 @@ def _number_options(function: Any) -> Any:
 )
 @click.option("--out", type=data_name, metavar="FILE.h5", show_default="run.h5", help="Where the best model goes.")
 @click.option("--resume", type=data_name, metavar="FILE.h5", help="Go on with the run that wrote this file.")
+@click.option("--allow-changed-data", is_flag=True, help="Resume although the data are not those of the run.")
 @click.option(
     "--preset",
     type=click.Choice(["auto", "mnist", "tabular", "demo"]),
@@ -145,6 +146,7 @@ def train(
     data: str | None,
     out: str | None,
     resume: str | None,
+    allow_changed_data: bool,
     preset: str,
     optimizer: str | None,
     range_: tuple[float, float] | None,
@@ -170,6 +172,8 @@ def train(
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
     if resume is not None and dry_run:
         raise click.UsageError("--dry-run is for new runs: leave --resume out")
+    if resume is None and allow_changed_data:
+        raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
@@ -190,7 +194,7 @@ def train(
         from nicecp.run import Run
 
         if resume is not None:
-            run = Run.resume(resume, data=data, **settings)
+            run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
             run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
         with run:

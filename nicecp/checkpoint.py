@@ -47,6 +47,18 @@ def state_path(path: StrPath) -> str:
     return f"{stem}.state{suffix or '.h5'}"
 
 
+def run_path(path: StrPath) -> str:
+    """The run's file, of what is named to resume it: that or its state file. CheckpointError if there is no state."""
+    out = os.fspath(path)
+    stem = out.removesuffix(".h5").removesuffix(".state")
+    if not os.path.lexists(state_path(out)) and state_path(stem + ".h5") == out:
+        out = stem + ".h5"  # the state file itself was named
+    if not os.path.lexists(state_path(out)):
+        problem = f"its state file {state_path(out)!r} is not there" if os.path.lexists(out) else "no such run"
+        raise CheckpointError(about_file(out, problem, "a run that has saved its state can be resumed"))
+    return out
+
+
 def load(path: StrPath, *, backend: Backend | None = None) -> NICE:
     """The flow in a checkpoint: the best model of a run, or of a state file the one in training.
 

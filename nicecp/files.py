@@ -11,6 +11,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 
+from nicecp import probe
 from nicecp.errors import CheckpointError, OutputError, about_file
 
 StrPath = str | os.PathLike[str]
@@ -64,6 +65,7 @@ def write_bytes(path: StrPath, data: bytes | Sequence[bytes], overwrite: bool = 
                     raise
         finally:
             os.close(folder)
+        probe.remember(target, [None])  # what we have written ourselves needs no look in a child
 
 
 @contextlib.contextmanager

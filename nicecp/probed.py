@@ -34,7 +34,14 @@ def main() -> None:
 
 
 def look(path: str, dataset: str | None) -> None:
-    """List the datasets; open those that would be used, with their names and chunks; read their first and last row."""
+    """Of a checkpoint, all but its numbers. Of data: list the datasets; open those that would be used, with their names
+    and chunks; read their first and last row.
+    """
+    from nicecp.store import go_through, is_checkpoint
+
+    if is_checkpoint(path):
+        go_through(path)
+        return
     from nicecp.datasets import candidates, locate
     from nicecp.hdf5_data import HDF5Source
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nicecp.checkpoint import load_state, save_run, save_state, state_path
+from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
@@ -26,7 +26,7 @@ from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
 from nicecp.presets import VALID_FRACTION, Settings, check, contradiction, resolve
 from nicecp.records import RunRecord, note_differences
-from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, TrainConfig, Trainer
@@ -172,6 +172,7 @@ class Run:
         path: StrPath,
         *,
         data: Any = None,
+        allow_changed_data: bool = False,
         device: str = "auto",
         threads: int | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
@@ -185,7 +186,8 @@ class Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
 
         epochs and patience may be given anew; any other setting must be the run's own or None. The same machine and
-        threads give the same bits as a run that was never interrupted.
+        threads give the same bits as a run that was never interrupted. With ``allow_changed_data`` other rows of the
+        same kind will do; the running epoch then begins anew.
 
         Raises
         ------
@@ -198,18 +200,12 @@ class Run:
         ValueError
             A setting contradicts the run's.
         """
-        out = os.fspath(path)
-        stem = out.removesuffix(".h5").removesuffix(".state")
-        if not os.path.lexists(state_path(out)) and state_path(stem + ".h5") == out:
-            out = stem + ".h5"  # the state file itself was named
-        state_file = state_path(out)
-        if not os.path.lexists(state_file):
-            problem = f"its state file {state_file!r} is not there" if os.path.lexists(out) else "no such run"
-            raise CheckpointError(about_file(out, problem, "a run that has saved its state can be resumed"))
-        saving = Saving(checkpoint_every, checkpoint_epochs, keep)
+        out, saving = run_path(path), Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
             held.callback(OutputLock(out).release)
-            run = cls._from_files(out, data, device, threads, saving, preset, optimizer, numbers, given)
+            run = cls._from_files(
+                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given
+            )
             held.callback(run.splits.close)
             run._held = held.pop_all()
             return run
@@ -219,6 +215,7 @@ class Run:
         cls,
         out: str,
         data: Any,
+        allow_changed_data: bool,
         device: str,
         threads: int | None,
         saving: Saving,
@@ -249,7 +246,8 @@ class Run:
             raise CheckpointError(about_file(state_file, "does not say where its data are", "pass --data"))
         splits = open_splits(data, settings.valid_fraction, settings.seed)
         try:
-            check_same_data(flow, splits, record)
+            changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
+            check_same_data(flow, splits, None if changed else record)
             check_finite(splits)
             run = cls(settings, data, splits, flow, out, saving)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
@@ -259,6 +257,7 @@ class Run:
                 problem = f"holds the state of {state.optimizer}, its settings say {settings.optimizer.kind}"
                 raise CheckpointError(about_file(state_file, problem, "use another copy of the file"))
             run.trainer.restore(record, state)
+            run.trainer.position *= not changed
             run.resumed = True
             return run
         except BaseException:

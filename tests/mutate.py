@@ -171,7 +171,7 @@ def run(kind: str, seconds: float, seed: int, limit: int = sys.maxsize,
             if what:
                 counts[what] += 1
                 began = time.monotonic()
-                outcome = use_data(path) if kind == "data" else "not looked at by a child"
+                outcome = (use_data if kind == "data" else use_checkpoint)(path)
                 took = time.monotonic() - began
                 if outcome not in ("refused", "accepted") or took > 5:
                     counts["got through"] += 1
