@@ -34,6 +34,6 @@ class TrainingError(NicecpError, RuntimeError):
 
 
 def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
-    """One line: 'PATH': problem; remedy.  Odd characters, of the path or of what a file holds, cannot break the line."""
+    """One line: 'PATH': problem; remedy.  Odd characters, of the path or of a file's content, cannot break the line."""
     text = f"{os.fspath(path)!r}: {problem}; {remedy}"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,6 +1,8 @@
-"""Properties of flows of any small architecture: log-determinants, dtypes, the order of rows (see also test_embedding)."""
+"""Properties of small flows: log-determinants, dtypes, the order of rows (round trip, batches: test_embedding)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +15,7 @@ from tests.nicecp.test_embedding import FEW, FLOWS, rows
 @FEW
 @given(FLOWS, st.integers(0, 2**32))
 def test_the_log_determinant_is_that_of_the_jacobian(flow: NICE, seed: int) -> None:
-    """By complex-free central differences; away from the kinks of ReLU the map is linear, so that they are exact."""
+    """By central differences; away from the kinks of ReLU the map is linear, so that they are exact."""
     d = flow.n_features
     x = rows(1, d, seed)
     step = 1e-6
@@ -30,12 +32,11 @@ def test_the_log_determinant_is_that_of_the_jacobian(flow: NICE, seed: int) -> N
 @given(FLOWS, st.integers(1, 20), st.integers(0, 2**32))
 def test_a_flow_of_single_precision_agrees_with_that_of_double(flow: NICE, n: int, seed: int) -> None:
     x = rows(n, flow.n_features, seed)
-    spec = flow.spec
     twin = NICE.from_spec(
-        type(spec)(spec.n_features, spec.couplings, spec.prior, "float32", spec.n_context, spec.precision, spec.partition),
+        replace(flow.spec, dtype="float32"),
         {name: value.astype(np.float32) for name, value in flow.parameters().items()},
         flow.preprocessing,
-    )  # fmt: skip
+    )
     expected, found = flow.log_prob(x), twin.log_prob(x)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * max(1.0, float(np.abs(expected).max())))
