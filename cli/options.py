@@ -12,6 +12,8 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "": 60.0}
+_EPOCHS = ("e", "epoch", "epochs")
+MAX_EPOCHS = 2**31 - 1
 MAX_SEED = 2**64 - 1
 MAX_LAYERS = 1000  # of one network
 
@@ -35,13 +37,16 @@ def laws(text: str) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in text.split(","))
 
 
-def duration(text: str) -> float:
-    """Seconds: '30s', '5min', '1.5h'; a plain number is minutes."""
+def interval(text: str) -> tuple[float, int | None]:
+    """(seconds, None) of '30s', '5min', '1.5h', where a plain number is minutes; (inf, 10) of '10 epochs' or '10e'."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    if found and found[2] in _EPOCHS and found[1].isdecimal() and 1 <= int(found[1]) <= MAX_EPOCHS:
+        return math.inf, int(found[1])
     seconds = float(found[1]) * _UNITS.get(found[2], 0.0) if found else 0.0
     if not 0 < seconds < 1e9:
-        raise click.BadParameter(f"{text!r} is not a time such as 30s, 5min or 2h (a plain number is minutes)")
-    return seconds
+        remedy = "is not a time such as 30s, 5min or 2h (a plain number is minutes), nor epochs such as 10e"
+        raise click.BadParameter(f"{text!r} {remedy}")
+    return seconds, None
 
 
 def value_range(text: str) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from nicecp.cli.options import (
     SEED,
     command,
     data_name,
-    duration,
     hidden_sizes,
+    interval,
     json_option,
     laws,
     machine_options,
@@ -70,6 +70,7 @@ def _number_options(function: Any) -> Any:
 )
 @click.option("--out", type=data_name, metavar="FILE.h5", show_default="run.h5", help="Where the best model goes.")
 @click.option("--resume", type=data_name, metavar="FILE.h5", help="Go on with the run that wrote this file.")
+@click.option("--allow-changed-data", is_flag=True, help="Resume although the data are not those of the run.")
 @click.option(
     "--preset",
     type=click.Choice([*PRESETS]),
@@ -150,11 +151,18 @@ def _number_options(function: Any) -> Any:
 @machine_options
 @click.option(
     "--checkpoint-every",
-    type=duration,
-    metavar="TIME",
+    type=interval,
+    metavar="TIME|EPOCHS",
     default="5min",
     show_default=True,
-    help="Time between checkpoints: 30s, 5min, 2h; a plain number is minutes.",
+    help="Between checkpoints: 30s, 5min, 2h, or 10e for 10 epochs; a plain number is minutes.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="State files to keep: the newest as run.state.h5, older ones as run.state.1.h5 and so on.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Print model, memory, operations and time, and write nothing.")
@@ -163,6 +171,7 @@ def train(
     data: str | None,
     out: str | None,
     resume: str | None,
+    allow_changed_data: bool,
     preset: str,
     optimizer: str | None,
     range_: tuple[float, float] | None,
@@ -170,7 +179,8 @@ def train(
     allow_constant: bool,
     device: str,
     threads: int | None,
-    checkpoint_every: float,
+    checkpoint_every: tuple[float, int | None],
+    keep: int,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -187,6 +197,8 @@ def train(
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
     if resume is not None and dry_run:
         raise click.UsageError("--dry-run is for new runs: leave --resume out")
+    if resume is None and allow_changed_data:
+        raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
@@ -196,7 +208,9 @@ def train(
         "allow_constant": True if allow_constant else None,
         "device": device,
         "threads": threads,
-        "checkpoint_every": checkpoint_every,
+        "checkpoint_every": checkpoint_every[0],
+        "checkpoint_epochs": checkpoint_every[1],
+        "keep": keep,
         **given,
     }
     run: Run | None = None
@@ -205,7 +219,7 @@ def train(
         from nicecp.run import Run
 
         if resume is not None:
-            run = Run.resume(resume, data=data, **settings)
+            run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
             run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
         with run:

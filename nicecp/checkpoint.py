@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from nicecp.errors import CheckpointError, about_file
+from nicecp.files import reason
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Backend, Slot
 from nicecp.records import EpochRecord, Event, Parameters, ResumeState, RunRecord
 from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_model, read_parameters
 from nicecp.spec import ModelSpec
-from nicecp.store import Attribute, Tree, read_tree, reason, strings, write_tree
+from nicecp.store import Attribute, Tree, read_tree, strings, write_tree
 
 MAX_JSON = 1 << 20  # bytes
 MAX_JSON_DEPTH = 32
@@ -44,6 +45,18 @@ def state_path(path: StrPath) -> str:
     """The state file's path beside a run's file: run.h5 -> run.state.h5."""
     stem, suffix = os.path.splitext(os.fspath(path))
     return f"{stem}.state{suffix or '.h5'}"
+
+
+def run_path(path: StrPath) -> str:
+    """The run's file, of what is named to resume it: that or its state file. CheckpointError if there is no state."""
+    out = os.fspath(path)
+    stem = out.removesuffix(".h5").removesuffix(".state")
+    if not os.path.lexists(state_path(out)) and state_path(stem + ".h5") == out:
+        out = stem + ".h5"  # the state file itself was named
+    if not os.path.lexists(state_path(out)):
+        problem = f"its state file {state_path(out)!r} is not there" if os.path.lexists(out) else "no such run"
+        raise CheckpointError(about_file(out, problem, "a run that has saved its state can be resumed"))
+    return out
 
 
 def load(path: StrPath, *, backend: Backend | None = None) -> NICE:
@@ -75,8 +88,8 @@ def load_state(path: StrPath, *, backend: Backend | None = None) -> tuple[NICE, 
 def save_run(path: StrPath, flow: NICE, best_parameters: Parameters, run: RunRecord, overwrite: bool = False) -> None:
     """Write the architecture of ``flow`` with the best parameters, and the record of the run.
 
-    The file appears whole or not at all. Raises CheckpointError: it exists already, cannot be written, or the
-    parameters are not finite.
+    The file appears whole or not at all. Raises OutputError (it exists already or cannot be written) and
+    CheckpointError (the parameters are not finite).
     """
     write_tree(path, _run_tree(flow, best_parameters, run), overwrite)
 
@@ -91,6 +104,8 @@ def save_state(path: StrPath, flow: NICE, run: RunRecord, state: ResumeState, ov
     add_parameters(tree, "/optimizer/second_moment", state.second_moment)
     seconds, stale = float(state.epoch_seconds), int(state.stale_epochs)
     tree.attrs["/resume"] = {"stale_epochs": stale, "epoch_seconds": seconds}
+    if state.bad_steps:
+        tree.attrs["/resume"]["bad_steps"] = int(state.bad_steps)
     tree.arrays["/resume/state"] = state.state
     add_parameters(tree, "/best", state.best_parameters)
     _read_state(Reader(tree, path, "it is not saved"), flow.spec)
@@ -223,6 +238,7 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
             raise reader.refuse("/resume/state", f"element {slot} ({name}) is {value}")
     if state[Slot.STEP] != step:
         raise reader.refuse("/optimizer", f"attribute 'step' is {step}, /resume/state has {state[Slot.STEP]:.0f}")
+    has_bad_steps = "bad_steps" in reader.attr_names("/resume")
     return ResumeState(
         parameters={},
         first_moment=first,
@@ -233,4 +249,5 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
         state=state,
         stale_epochs=reader.integer("/resume", "stale_epochs", 0, MAX_EPOCH),
         epoch_seconds=reader.number("/resume", "epoch_seconds"),
+        bad_steps=reader.integer("/resume", "bad_steps", 1, MAX_COUNT) if has_bad_steps else 0,
     )

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.csv_text import Table, text_blocks
-from nicecp.errors import DataError, about_file
-from nicecp.hdf5_data import check_regular, one_line
+from nicecp.errors import DataError, OutputError, about_file
+from nicecp.files import reason, write_bytes
+from nicecp.hdf5_open import check_regular, one_line
+from nicecp.outputs import check_output
 from nicecp.sources import check_finite, check_size
-from nicecp.store import write_bytes
 
 BLOCK_BYTES = 2**22  # read and written at a time
 _CHUNK_BYTES = 2**18  # of the datasets
@@ -125,16 +126,8 @@ class _Pieces(Sequence[bytes]):
 @contextlib.contextmanager
 def new_file(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator[h5py.File]:
     """A new HDF5 file to fill; it takes its place when the block ends without an exception."""
-    if os.path.lexists(path):
-        if any(os.path.exists(path) and os.path.samefile(path, source) for source in inputs):
-            raise DataError(about_file(path, "it is the input", "choose another name"))
-        if not overwrite:
-            raise DataError(
-                about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name")
-            )
+    check_output(path, overwrite, *inputs)
     folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise DataError(about_file(path, "its folder does not exist", "create it or choose another name"))
     try:
         with contextlib.closing(_Spool(folder)) as spool:
             file = h5py.File(spool, "w", libver=("v108", "v108"))  # earlier formats limit attributes to 64 KiB
@@ -147,10 +140,10 @@ def new_file(path: str, overwrite: bool, inputs: Sequence[str] = ()) -> Iterator
                 spool.check()  # after a failed write HDF5 reads nonsense: the write is to be reported
                 raise
             spool.check()
-            write_bytes(path, _Pieces(spool), overwrite, DataError)
+            write_bytes(path, _Pieces(spool), overwrite)
     except OSError as error:
         remedy = "free some space, or check the folder"
-        raise DataError(about_file(path, f"cannot be written ({error.strerror or one_line(error)})", remedy)) from None
+        raise OutputError(about_file(path, f"cannot be written ({reason(error)})", remedy)) from None
 
 
 def new_dataset(
@@ -184,7 +177,7 @@ def _append(dataset: h5py.Dataset, block: NDArray[Any]) -> None:
 def write_demo(path: str | os.PathLike[str], overwrite: bool = False) -> Written:
     """Write the drawn digits: train (12000, 784), test (2000, 784) and their labels, the data of ``--data demo``.
 
-    Raises DataError if the file exists (unless ``overwrite``) or cannot be written.
+    Raises OutputError if the file exists (unless ``overwrite``) or cannot be written.
     """
     from nicecp.data import DEMO_TEST, DEMO_TRAIN
     from nicecp.digits import draw_digits
@@ -242,7 +235,7 @@ def csv_to_hdf5(
         Lines that begin with '#' are skipped; the last one before the table may name the columns.
 
     Raises DataError, with line and column (from 1) of the first cell that is not a finite number; also for tables
-    without rows or with one column, lines of another length, and outputs that exist or cannot be written.
+    without rows or with one column, and lines of another length. OutputError: ``path`` exists or cannot be written.
     """
     name, target = os.fspath(source), os.fspath(path)
     check_regular(name)
@@ -301,7 +294,7 @@ def idx_to_hdf5(
     Files whose name contains t10k or test become ``test``, those with valid ``valid``, all others ``train``; rank 1
     becomes ``..._labels``. Images are written as (n, height * width) with the attribute image_shape.
 
-    Raises DataError for files that are not idx, truncated, too long, or do not fit together.
+    Raises DataError for files that are not idx, truncated, too long, or do not fit together, OutputError as above.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     names: list[str] = []

@@ -146,7 +146,8 @@ def describe_data(spec: str) -> dict[str, Any]:
 
 
 def _datasets(path: str) -> list[dict[str, str]]:
-    from nicecp.hdf5_data import open_hdf5, search
+    from nicecp.hdf5_data import search
+    from nicecp.hdf5_open import damage_reported, open_hdf5
 
-    with open_hdf5(path) as file:
+    with open_hdf5(path) as file, damage_reported(path):
         return [{"path": entry.path, "content": entry.label, "problem": entry.problem} for entry in search(file, "/")]

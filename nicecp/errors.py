@@ -18,7 +18,11 @@ class DataError(NicecpError, ValueError):
 
 
 class CheckpointError(NicecpError, ValueError):
-    """A checkpoint that cannot be read, does not fit, or cannot be written."""
+    """A checkpoint that cannot be read, does not fit, or holds numbers that could not be read again."""
+
+
+class OutputError(NicecpError, ValueError):
+    """A file that cannot be written: the name, the folder, the disk, or another run at work on it."""
 
 
 class DeviceError(NicecpError, RuntimeError):
@@ -34,5 +38,6 @@ class MissingExtra(NicecpError, ImportError):
 
 
 def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
-    """One line: 'PATH': problem; remedy.  The path is quoted so that odd characters cannot break the line."""
-    return f"{os.fspath(path)!r}: {problem}; {remedy}"
+    """One line: 'PATH': problem; remedy.  Odd characters, of the path or of a file's content, cannot break the line."""
+    text = f"{os.fspath(path)!r}: {problem}; {remedy}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -107,14 +107,14 @@ class Evaluator:
         return self._summary(self.row_log_probs(views, seed, epoch))
 
     def run_checked(self, views: Views, seed: int, epoch: int) -> Evaluation:
-        """As run; DataError that names the first row where the flow overflows."""
+        """As run; DataError that names the first row where the flow overflows, to NaN or -inf."""
         values = self.row_log_probs(views, seed, epoch)
-        bad = np.flatnonzero(np.isnan(values))
+        bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             position = int(bad[0])
             block = int(np.searchsorted(self.split.bounds, position, side="right")) - 1
             row = int(self.split.rows_of_block(block)[position - int(self.split.bounds[block])])
-            problem = f"the log-density of row {row} is not a number: the flow overflows there"
+            problem = f"the log-density of row {row} is {values[position]}: the flow overflows there"
             raise DataError(about_file(self.split.source.name, problem, "look at this row, or train a new flow"))
         return self._summary(values)
 
@@ -136,7 +136,7 @@ def bits_per_dim(flow: NICE, mean: float) -> float | None:
 def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0) -> Evaluation:
     """Mean log-likelihood of a split under a flow.
 
-    Raises DataError where the data do not fit the flow, or where a row's log-density is not a number.
+    Raises DataError where the data do not fit the flow, or where a row's log-density is not finite.
     """
     evaluator = Evaluator(flow, split)
     with flow.backend.computing():

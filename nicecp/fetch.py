@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from nicecp.errors import DataError, about_file
-from nicecp.hdf5_data import check_regular, one_line
+from nicecp.hdf5_open import check_regular, one_line
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 TIMEOUT = 60.0  # seconds without an answer

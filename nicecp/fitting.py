@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
 from nicecp.flow import NICE
@@ -99,7 +100,7 @@ def fit(
     DataError
         The data cannot be used; the message says why and what to do.
     TrainingError
-        No finite loss.
+        The loss is not finite again and again (nicecp.recovery).
     TypeError, ValueError
         An argument will not do; nothing has been changed then.
     """
@@ -117,9 +118,11 @@ def fit(
             steps = preprocessing_for(train, value_range, standardize, allow_constant)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
+        check_representable(splits, steps, flow.dtype)
         flow.prepare(steps, train.source.info, train.source.is_image8)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called)
         trainer.record.versions = versions()
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
+        trainer.record.events += discrete_columns_noted(train)
         return trainer.run()

@@ -309,7 +309,7 @@ class NICE:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the flow as a version 1 checkpoint (docs/checkpoint.md), whole or not at all.
 
-        Raises CheckpointError if the path exists (unless overwrite) or cannot be written.
+        Raises OutputError if the path exists (unless overwrite) or cannot be written.
         """
         write_tree(path, model_tree(self.spec, self.parameters(), self.preprocessing, self.info), overwrite)
 

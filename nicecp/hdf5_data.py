@@ -6,9 +6,8 @@ written completely, and holds integers or floats of at most 8 bytes, unfiltered 
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.errors import DataError, about_file
+from nicecp.hdf5_chunks import Chunks, Unusable, filters_of
+from nicecp.hdf5_open import HDF5_ERRORS, damage_reported, one_line, open_hdf5, plugins_off
 from nicecp.records import DataInfo
 from nicecp.sources import as_image_shape, check_finite, check_range, check_size, fingerprint
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-MAX_CHUNK_BYTES = 2**28
 MAX_OBJECTS = 10_000  # links looked at when a file is searched
 MAX_DEPTH = 32
 _CACHE_BYTES = 2**26  # at most this much of decompressed chunks is kept
-_HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 _CLASSES = {
     h5py.h5t.STRING: "strings",
     h5py.h5t.COMPOUND: "a compound type",
@@ -48,96 +45,14 @@ _REMEDIES = {
 }
 
 
-class Unusable(Exception):
-    """Why a dataset cannot be used: (problem, remedy)."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception as one line of at most 200 characters; HDF5's span several."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-@contextlib.contextmanager
-def damage_reported(name: str) -> Iterator[None]:
-    """What HDF5 and h5py raise for damaged files, as a DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except _HDF5_ERRORS as error:
-        problem = f"the file is damaged ({one_line(error)})"
-        raise DataError(about_file(name, problem, "copy or download it again")) from None
-
-
-def check_regular(path: str) -> None:
-    """DataError unless the path is a regular file that can be read. Never waits, not even for a FIFO."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DataError(about_file(path, "no such file", _missing_remedy(path))) from None
-    except PermissionError:
-        raise DataError(about_file(path, "it may not be read", "check the file's permissions")) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(about_file(path, f"it cannot be opened ({reason})", "check the path")) from None
-    try:
-        status = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise DataError(about_file(path, f"it is {kind}", "give the path of an HDF5 file"))
-    if status.st_size == 0:
-        raise DataError(about_file(path, "it is empty (0 bytes)", "copy or create it again"))
-
-
-def _missing_remedy(path: str) -> str:
-    if "://" in path:
-        return "only local files are read: download it first"
-    head, colon, tail = path.rpartition(":")
-    if colon and tail and os.path.exists(head):
-        return f"to choose a dataset write {head + ':/' + tail!r}"
-    return "check the path"
-
-
-def open_hdf5(path: str) -> h5py.File:
-    """A regular HDF5 file, opened read-only; DataError says what is wrong otherwise."""
-    check_regular(path)
-    if not _has_signature(path):
-        remedy = "convert it first: nicecp data csv (text tables), nicecp data idx (MNIST's files), or h5py"
-        raise DataError(about_file(path, "it is not an HDF5 file", remedy))
-    try:
-        return h5py.File(path, "r", locking="best-effort")
-    except _HDF5_ERRORS as error:
-        text = one_line(error)
-        if "truncated" in text:
-            raise DataError(about_file(path, "the file is truncated", "copy or download it again")) from None
-        if "lock" in text:
-            problem, remedy = "another program is writing it", "wait until it is closed"
-            raise DataError(about_file(path, problem, remedy)) from None
-        raise DataError(about_file(path, f"the file is damaged ({text})", "copy or download it again")) from None
-
-
-def _has_signature(path: str) -> bool:
-    """HDF5 looks for its signature at 0, 512, 1024, 2048, ..."""
-    size, offset = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while offset + len(SIGNATURE) <= size:
-            file.seek(offset)
-            if file.read(len(SIGNATURE)) == SIGNATURE:
-                return True
-            offset = max(512, 2 * offset)
-    return False
-
-
 @dataclass(frozen=True)
 class Layout:
     """What a dataset holds: its shape, the dtype it is read as (before int8 becomes uint8), its chunks' length."""
 
     shape: tuple[int, ...]
     raw: np.dtype[Any]
-    chunk_bytes: int  # of the chunks that one row crosses
+    row_bytes: int  # of the chunks that one row crosses
+    chunks: Chunks | None  # None for contiguous storage
 
 
 @dataclass(frozen=True)
@@ -159,7 +74,7 @@ def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             return None
         member = group.get(name)
-    except _HDF5_ERRORS:
+    except HDF5_ERRORS:
         return None
     return member if isinstance(member, (h5py.Group, h5py.Dataset)) else None
 
@@ -171,7 +86,7 @@ def element_kind(dataset: h5py.Dataset) -> tuple[np.dtype[Any] | None, str]:
     if number not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
         try:
             label = "complex numbers" if dataset.dtype.kind == "c" else _CLASSES.get(number, "no numbers")
-        except _HDF5_ERRORS:
+        except HDF5_ERRORS:
             label = _CLASSES.get(number, "no numbers")
         return None, label
     size = kind.get_size()
@@ -197,37 +112,19 @@ def examine(dataset: h5py.Dataset) -> Layout:
         raise Unusable("it is a virtual dataset", "copy the numbers into this file")
     if dataset.external:
         raise Unusable("its numbers lie in other files (external storage)", "copy the numbers into this file")
-    plist = dataset.id.get_create_plist()
-    for i in range(plist.get_nfilters()):
-        code, _, _, name = plist.get_filter(i)
-        if code not in FILTERS:
-            shown = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-            raise Unusable(f"its compression (HDF5 filter {code}, {shown!r}) is not read", "store it with gzip or lzf")
-    row_bytes = 1
-    if dataset.chunks is not None:
-        chunk_bytes = int(np.prod([float(c) for c in dataset.chunks])) * raw.itemsize
-        if chunk_bytes > MAX_CHUNK_BYTES:
-            problem = f"its chunks of {chunk_bytes / 2**20:.0f} MiB are larger than {MAX_CHUNK_BYTES // 2**20} MiB"
-            raise Unusable(problem, "store it in chunks of about 1 MiB")
-        row_bytes = chunk_bytes
-        for size, chunk in zip(shape[1:], dataset.chunks[1:], strict=True):
-            row_bytes *= -(-size // chunk)
-    if 0 not in shape:
-        _check_written(dataset, shape)
-    return Layout(shape, raw, row_bytes)
-
-
-def _check_written(dataset: h5py.Dataset, shape: tuple[int, ...]) -> None:
-    """Unusable if elements were never written: HDF5 would hand out fill values as if they were data."""
-    if dataset.id.get_storage_size() == 0:
-        raise Unusable("its numbers were never written", "write the file again")
-    if dataset.chunks is not None:
-        expected = 1
-        for size, chunk in zip(shape, dataset.chunks, strict=True):
-            expected *= -(-size // chunk)
-        written = dataset.id.get_num_chunks()
-        if written < expected:
-            raise Unusable(f"only {written} of its {expected} chunks were ever written", "write the file again")
+    filters_of(dataset.id)
+    if 0 in shape:
+        return Layout(shape, raw, 1, None)
+    if dataset.chunks is None:
+        stored, size = dataset.id.get_storage_size(), math.prod(shape) * dataset.id.get_type().get_size()
+        if stored == 0:  # HDF5 would hand out fill values
+            raise Unusable("its numbers were never written", "write the file again")
+        if stored != size:
+            raise Unusable(f"it is stored in {stored} bytes, not {size}", "copy or download the file again")
+        return Layout(shape, raw, 1, None)
+    chunks = Chunks(dataset.id, shape, dataset.chunks, raw)
+    across = [-(-size // length) for size, length in zip(shape[1:], dataset.chunks[1:], strict=True)]
+    return Layout(shape, raw, chunks.bytes * math.prod(across), chunks)
 
 
 def entry(path: str, dataset: h5py.Dataset) -> Entry:
@@ -237,7 +134,7 @@ def entry(path: str, dataset: h5py.Dataset) -> Entry:
         shape = dataset.shape or ()
         problem = "" if raw is not None and len(shape) >= 2 else "not numeric" if raw is None else "rank below 2"
         return Entry(path, f"{label} {shape}", len(shape), problem)
-    except _HDF5_ERRORS as error:
+    except HDF5_ERRORS as error:
         return Entry(path, "unreadable", 0, one_line(error))
 
 
@@ -291,7 +188,7 @@ class HDF5Source:
     def __init__(self, path: str | os.PathLike[str], dataset: str) -> None:
         self._path = os.fspath(path)
         self.name = f"{self._path}:/{dataset.strip('/')}"
-        self._file = open_hdf5(self._path)
+        self._file = open_hdf5(self._path, dataset)
         try:
             with damage_reported(self.name):
                 self._open(dataset)
@@ -317,7 +214,7 @@ class HDF5Source:
         layout = examine(found)
         # one row of chunks stays decompressed, so that reading on does not inflate it again
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        access.set_chunk_cache(12421, min(max(layout.chunk_bytes, 2**20), _CACHE_BYTES), 0.75)
+        access.set_chunk_cache(12421, min(max(layout.row_bytes, 2**20), _CACHE_BYTES), 0.75)
         handle = h5py.h5d.open(parent.id, last.encode("utf-8", "surrogateescape"), access)
         self._dataset = h5py.Dataset(handle)
         self._layout = layout
@@ -343,8 +240,17 @@ class HDF5Source:
         out = np.empty((stop - start, *self._layout.shape[1:]), self._layout.raw)
         if stop > start:
             try:
-                self._dataset.read_direct(out, np.s_[start:stop])
-            except _HDF5_ERRORS as error:
+                with plugins_off():
+                    chunks = self._layout.chunks
+                    if chunks is not None and chunks.direct:
+                        chunks.read(out, start, stop)
+                    else:
+                        if chunks is not None:
+                            chunks.verify(start, stop)
+                        self._dataset.read_direct(out, np.s_[start:stop])
+            except Unusable as error:
+                raise DataError(about_file(self.name, *error.args)) from None
+            except HDF5_ERRORS as error:
                 problem = f"rows {start} to {stop - 1} cannot be read ({one_line(error)})"
                 raise DataError(about_file(self.name, problem, "copy or download the file again")) from None
         block = out.reshape(stop - start, self.n_features)
@@ -377,7 +283,7 @@ def _attribute(holder: Any, key: str, kinds: Sequence[int], size: int) -> Any:
         if attribute.get_type().get_class() not in kinds or len(shape) != 1 or not 0 < shape[0] <= size:
             return None
         return holder.attrs[key]
-    except _HDF5_ERRORS:
+    except HDF5_ERRORS:
         return None
 
 

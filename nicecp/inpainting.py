@@ -14,6 +14,7 @@ from nicecp.checkpoint import load_run
 from nicecp.data import column_stats, open_source, open_splits
 from nicecp.errors import CheckpointError, DataError, about_file
 from nicecp.evaluate import check_fits, check_width
+from nicecp.files import write_bytes
 from nicecp.flow import NICE
 from nicecp.images import encode_png, grid
 from nicecp.inpaint import box_of, inpaint, outside
@@ -24,7 +25,6 @@ from nicecp.outputs import check_output
 from nicecp.records import RunRecord
 from nicecp.samples import as_images, check_drawable, dequantization_of
 from nicecp.split import Split
-from nicecp.store import write_bytes
 
 StrPath = str | os.PathLike[str]
 FloatArray = NDArray[np.float64]

@@ -7,7 +7,7 @@ import stat
 import tempfile
 from typing import Any
 
-from nicecp.errors import CheckpointError, about_file
+from nicecp.errors import OutputError, about_file
 
 StrPath = str | os.PathLike[str]
 
@@ -19,12 +19,12 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
 
     Raises
     ------
-    CheckpointError
+    OutputError
         The path exists (unless overwrite), is not a regular file, is one of the inputs, or its folder is missing or
         cannot be written.
     """
     if not os.fspath(path) or "\0" in os.fspath(path):
-        raise CheckpointError(about_file(path, "not a usable file name", "choose another name"))
+        raise OutputError(about_file(path, "not a usable file name", "choose another name"))
     folder = os.path.dirname(os.path.realpath(path))
     try:
         mode = os.stat(path).st_mode
@@ -32,15 +32,15 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
         pass
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
-        raise CheckpointError(about_file(path, problem, "choose another name")) from None
+        raise OutputError(about_file(path, problem, "choose another name")) from None
     else:
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise CheckpointError(about_file(path, f"it is {kind}", "choose another name"))
+            raise OutputError(about_file(path, f"it is {kind}", "choose another name"))
         if any(_same_file(path, other) for other in inputs):
-            raise CheckpointError(about_file(path, "it is one of the inputs", "choose another name"))
+            raise OutputError(about_file(path, "it is one of the inputs", "choose another name"))
         if not overwrite:
-            raise CheckpointError(
+            raise OutputError(
                 about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name")
             )
     try:
@@ -49,7 +49,7 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = "make the folder or choose another name" if not os.path.isdir(folder) else "choose another name"
-        raise CheckpointError(about_file(path, f"its folder cannot be written ({reason})", remedy)) from None
+        raise OutputError(about_file(path, f"its folder cannot be written ({reason})", remedy)) from None
 
 
 def _same_file(path: StrPath, other: Any) -> bool:

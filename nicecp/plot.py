@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
 from nicecp.errors import CheckpointError, MissingExtra, about_file
+from nicecp.files import write_bytes
 from nicecp.flow import NICE
 from nicecp.images import grid
 from nicecp.inpainting import Painted, blocks
@@ -26,7 +27,6 @@ from nicecp.machine import open_backend, require_memory
 from nicecp.outputs import check_output
 from nicecp.records import EpochRecord, RunRecord
 from nicecp.samples import as_images, check_drawable
-from nicecp.store import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nicecp.convert import Written, idx_to_hdf5, new_dataset, new_file
 from nicecp.errors import DataError, about_file
 from nicecp.fetch import local_files, stem_of
-from nicecp.hdf5_data import one_line
+from nicecp.hdf5_open import one_line
 
 StrPath = str | os.PathLike[str]
 Bytes = NDArray[np.uint8]

@@ -73,6 +73,7 @@ class ResumeState:
     state: NDArray[np.float64]  # the kernels' state array (kernels/backend.py, Slot)
     stale_epochs: int  # epochs since the best one: the patience counter
     epoch_seconds: float  # time spent so far in the unfinished epoch
+    bad_steps: int = 0  # steps without a finite loss, one after the other, up to now
 
 
 def note_differences(record: RunRecord, now: RunRecord, step: int) -> None:

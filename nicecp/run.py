@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,19 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nicecp.checkpoint import load_state, save_run, save_state, state_path
+from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
+from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
-from nicecp.errors import CheckpointError, about_file
+from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import Evaluation, evaluate
 from nicecp.fitting import preprocessing_for
 from nicecp.flow import NICE
+from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
 from nicecp.kernels.backend import Slot
+from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
 from nicecp.presets import Settings, check, contradiction, resolve, valid_fraction_of
-from nicecp.records import EpochRecord, Event, RunRecord, note_differences
-from nicecp.scoring import check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.records import RunRecord, note_differences
+from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, TrainConfig, Trainer
@@ -30,7 +34,6 @@ from nicecp.whitening import whitening_step
 
 logger = logging.getLogger("nicecp")
 
-CHECKPOINT_EVERY = 300.0  # seconds
 ROUND_TRIP_ROWS = 256
 
 StrPath = str | os.PathLike[str]
@@ -77,12 +80,10 @@ class Run:
         splits: Splits,
         flow: NICE,
         out: str | None,
-        checkpoint_every: float = CHECKPOINT_EVERY,
+        saving: Saving,
     ) -> None:
-        if not checkpoint_every > 0:
-            raise ValueError(f"the time between checkpoints must be positive, got {checkpoint_every}")
-        self.settings, self.data, self.splits, self.flow = settings, data, splits, flow
-        self.out, self.checkpoint_every = out, checkpoint_every
+        self.settings, self.data, self.splits, self.flow, self.out = settings, data, splits, flow, out
+        self._held = contextlib.ExitStack()  # the output's lock and the data: released by close
         config = TrainConfig(
             settings.epochs,
             settings.batch_size,
@@ -91,7 +92,7 @@ class Run:
             settings.seed,
             settings.window,
         )
-        self._keeper = _Keeper(self)
+        self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
         self.trainer.record.config = self._config()
         self.trainer.record.versions = versions()
@@ -118,6 +119,8 @@ class Run:
         device: str = "auto",
         threads: int | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
+        checkpoint_epochs: int | None = None,
+        keep: int = 1,
         **given: Any,
     ) -> Run:
         """A new run.
@@ -128,21 +131,26 @@ class Run:
         out : file for the best model, or None to write nothing
         preset, optimizer, numbers, **given : see nicecp.presets.resolve
         overwrite : replace existing files at the first checkpoint
+        checkpoint_every, checkpoint_epochs, keep : seconds; epochs; state files that are kept (nicecp.keeper.Saving)
 
         Raises
         ------
-        CheckpointError
-            The output exists or its folder cannot be written; nothing has been read then.
+        OutputError
+            The output exists, another run is writing it, or its folder cannot be written; nothing has been read then.
         DataError, ValueError, DeviceError, MemoryError
             The data, a setting, the device or the machine will not do.
         """
-        if out is not None:
-            check_output(out, overwrite, data)
-            check_output(state_path(out), overwrite, data)
-        fraction, seed = given.get("valid_fraction"), given.get("seed")
-        fraction = valid_fraction_of(preset) if fraction is None else fraction
-        splits = open_splits(data, fraction, 0 if seed is None else seed)
-        try:
+        saving = Saving(checkpoint_every, checkpoint_epochs, keep)
+        with contextlib.ExitStack() as held:
+            if out is not None:
+                state = state_path(out)
+                for path in (out, state, *(older_state(state, number) for number in range(1, keep))):
+                    check_output(path, overwrite, data)
+                held.callback(OutputLock(out).release)
+            fraction, seed = given.get("valid_fraction"), given.get("seed")
+            fraction = valid_fraction_of(preset) if fraction is None else fraction
+            splits = open_splits(data, fraction, 0 if seed is None else seed)
+            held.callback(splits.close)
             source, rows = splits.train.source, len(splits.train)
             settings = resolve(data, source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
@@ -155,12 +163,13 @@ class Run:
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
             )
+            check_representable(splits, steps, spec.dtype)
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
-            return cls(settings, data, splits, flow, None if out is None else os.fspath(out), checkpoint_every)
-        except BaseException:
-            splits.close()
-            raise
+            run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
+            run.trainer.record.events += discrete_columns_noted(splits.train)
+            run._held = held.pop_all()
+            return run
 
     @classmethod
     def resume(
@@ -168,9 +177,12 @@ class Run:
         path: StrPath,
         *,
         data: Any = None,
+        allow_changed_data: bool = False,
         device: str = "auto",
         threads: int | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
+        checkpoint_epochs: int | None = None,
+        keep: int = 1,
         preset: str = "auto",
         optimizer: str | None = None,
         numbers: Mapping[str, float | None] | None = None,
@@ -179,25 +191,46 @@ class Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
 
         epochs and patience may be given anew; any other setting must be the run's own or None. The same machine and
-        threads give the same bits as a run that was never interrupted.
+        threads give the same bits as a run that was never interrupted. With ``allow_changed_data`` other rows of the
+        same kind will do; the running epoch then begins anew.
 
         Raises
         ------
         CheckpointError
             No state file, or one that is not a run's.
+        OutputError
+            Another run is writing these files, or their folder cannot be written.
         DataError
             The data are not those that the run was trained on.
         ValueError
             A setting contradicts the run's.
         """
-        out = os.fspath(path)
-        stem = out.removesuffix(".h5").removesuffix(".state")
-        if not os.path.lexists(state_path(out)) and state_path(stem + ".h5") == out:
-            out = stem + ".h5"  # the state file itself was named
+        out, saving = run_path(path), Saving(checkpoint_every, checkpoint_epochs, keep)
+        with contextlib.ExitStack() as held:
+            held.callback(OutputLock(out).release)
+            run = cls._from_files(
+                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given
+            )
+            held.callback(run.splits.close)
+            run._held = held.pop_all()
+            return run
+
+    @classmethod
+    def _from_files(
+        cls,
+        out: str,
+        data: Any,
+        allow_changed_data: bool,
+        device: str,
+        threads: int | None,
+        saving: Saving,
+        preset: str,
+        optimizer: str | None,
+        numbers: Mapping[str, float | None] | None,
+        given: Mapping[str, Any],
+    ) -> Run:
+        """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
-        if not os.path.lexists(state_file):
-            problem = f"its state file {state_file!r} is not there" if os.path.lexists(out) else "no such run"
-            raise CheckpointError(about_file(out, problem, "a run that has saved its state can be resumed"))
         backend = open_backend(device, 1)  # until the run's own number of threads is known
         flow, record, state = load_state(state_file, backend=backend)
         settings = recorded_settings(record)
@@ -218,9 +251,10 @@ class Run:
             raise CheckpointError(about_file(state_file, "does not say where its data are", "pass --data"))
         splits = open_splits(data, settings.valid_fraction, settings.seed)
         try:
-            check_same_data(flow, splits, record)
+            changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
+            check_same_data(flow, splits, None if changed else record)
             check_finite(splits)
-            run = cls(settings, data, splits, flow, out, checkpoint_every)
+            run = cls(settings, data, splits, flow, out, saving)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads
@@ -228,6 +262,7 @@ class Run:
                 problem = f"holds the state of {state.optimizer}, its settings say {settings.optimizer.kind}"
                 raise CheckpointError(about_file(state_file, problem, "use another copy of the file"))
             run.trainer.restore(record, state)
+            run.trainer.position *= not changed
             run.resumed = True
             return run
         except BaseException:
@@ -260,13 +295,13 @@ class Run:
 
         SIGINT, SIGTERM and SIGHUP finish the running step and save; a second SIGINT meanwhile is ignored, and a third
         one some seconds later raises KeyboardInterrupt with the files as they were (nicecp.signals). The files are
-        written every ``checkpoint_every`` seconds and at the end.
+        written as ``nicecp.keeper.Saving`` says and at the end.
 
         Raises
         ------
         TrainingError
-            The loss is not finite for a whole epoch.
-        CheckpointError
+            The loss is not finite again and again (nicecp.recovery); the best model so far is saved.
+        OutputError
             The files cannot be written at the end. (Before that a failure is a warning, and the next time may do.)
         """
         began = time.monotonic()
@@ -277,13 +312,22 @@ class Run:
                 self.save()
             self.complete = True
             return self._outcome(began)
-        self._keeper.due = began + self.checkpoint_every
+        self._keeper.begin()
         with stopping(self._stop):
             if self.stopped_by is None:
-                trainer.run()
+                self._train()
             if not trainer.finished:
                 self.save()
         return self._outcome(began)
+
+    def _train(self) -> None:
+        try:
+            self.trainer.run()
+        except TrainingError as error:
+            if self.out is None or self.trainer.record.best_epoch == 0:
+                raise
+            self.save()
+            raise TrainingError(f"{error}; the best model so far is kept in {self.out!r}") from error
 
     def save(self) -> None:
         """Write both files now; nothing without ``out``."""
@@ -292,7 +336,8 @@ class Run:
         trainer = self.trainer
         resume = trainer.resume_state()
         # The state file first: it alone is enough to go on, so that between the two nothing is lost.
-        save_state(self.state, self.flow, trainer.record, resume)
+        with older_kept(self.state, self._keeper.saving.keep):
+            save_state(self.state, self.flow, trainer.record, resume)
         save_run(self.out, self.flow, resume.best_parameters, trainer.record, overwrite=True)
 
     def _stop(self, number: int) -> None:
@@ -344,48 +389,11 @@ class Run:
         return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)
 
     def close(self) -> None:
-        self.splits.close()
+        """Close the data and let other runs have the files."""
+        self._held.close()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Keeper(Callback):
-    """Saves when it is time, and at the end, before the best parameters replace the last ones."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.due = math.inf
-        self._first: tuple[float, int] | None = None
-
-    def on_step(self, trainer: Trainer) -> None:
-        if self._run.stopped_by is not None:  # a signal that came before the loop began
-            trainer.request_stop()
-        self._run.begun = True
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now, self._run.rows_done
-        if now < self.due:
-            return
-        try:
-            self._run.save()
-        except CheckpointError as error:
-            logger.warning("%s (training goes on; the next checkpoint may succeed)", error)
-            step = int(trainer.backend.copy_out(trainer.state)[Slot.STEP])
-            trainer.record.events.append(Event(trainer.record.epoch, step, "not saved", str(error)))
-        self.due = time.monotonic() + self._run.checkpoint_every
-
-    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        if trainer.finished:
-            self._run.save()
-            self._run.complete = True
-
-    def rows_per_second(self) -> float:
-        """Since the first step was over (it may have compiled), validation and checkpoints included."""
-        if self._first is None:
-            return math.nan
-        begin, rows = self._first
-        return (self._run.rows_done - rows) / max(time.monotonic() - begin, 1e-9)

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load
-from nicecp.errors import CheckpointError, about_file
+from nicecp.errors import CheckpointError, OutputError, about_file
+from nicecp.files import write_bytes
 from nicecp.flow import NICE
 from nicecp.images import encode_png, grid
 from nicecp.machine import open_backend, require_memory
 from nicecp.outputs import check_output
 from nicecp.preprocessing import Dequantize
-from nicecp.store import write_bytes
 
 StrPath = str | os.PathLike[str]
 FORMATS = (".h5", ".hdf5", ".png")
@@ -47,11 +47,11 @@ def write_samples(
         uint8 (n, *image_shape); or FILE.png with a grid of the images, ``columns`` in a row.
     seed : row i depends on the seed and i alone.
 
-    Raises CheckpointError (the checkpoint, the output, a picture of what has no image shape), ValueError, MemoryError.
+    Raises CheckpointError (the checkpoint, a picture of what has no image shape), OutputError, ValueError, MemoryError.
     """
     suffix = os.path.splitext(os.fspath(out))[1].lower()
     if suffix not in FORMATS:
-        raise CheckpointError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
+        raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     check_output(out, overwrite, checkpoint)

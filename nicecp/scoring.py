@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
+from nicecp.columns import check_representable
 from nicecp.data import DEMO, TEST_NAMES, Source, Splits, candidates, open_source, open_splits, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.evaluate import Evaluation, check_fits, evaluate
@@ -18,8 +20,10 @@ from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
-from nicecp.records import RunRecord
+from nicecp.records import Event, RunRecord
 from nicecp.split import BLOCK, Split
+
+logger = logging.getLogger("nicecp")
 
 PARTS = ("auto", "train", "valid", "test")
 _NOISE = {"train": Purpose.TRAIN_NOISE, "valid": Purpose.VALID_NOISE, "test": Purpose.TEST_NOISE}
@@ -158,20 +162,54 @@ def _own_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Spl
     return split
 
 
-def check_same_data(flow: NICE, splits: Splits, record: RunRecord) -> None:
-    """DataError unless the rows are those of the run: the training data's fingerprint and the rule of the split."""
+def accept_changed_data(flow: NICE, splits: Splits, record: RunRecord, step: int) -> bool:
+    """Whether the data are not those of the run: then there is a warning and an event, and the flow goes on with them.
+
+    Raises DataError where they do not fit the flow.
+    """
+    try:
+        check_same_data(flow, splits, record)
+    except DataError as error:
+        source = splits.train.source
+        check_fits(flow, splits.train)
+        check_representable(splits, flow.preprocessing, flow.dtype)
+        flow.info = replace(source.info, fingerprint=source.fingerprint())
+        message = f"resumed on changed data, as asked for: {error}"
+        logger.warning("%s", message)
+        record.events.append(Event(record.epoch, step, "data", message))
+        return True
+    return False
+
+
+def check_same_data(flow: NICE, splits: Splits, record: RunRecord | None) -> None:
+    """DataError unless the rows are those of the run: the training data's fingerprint and the rule of the split.
+
+    Without a record the fingerprint alone counts.
+    """
     source = splits.train.source
     check_fits(flow, splits.train)
     if source.fingerprint() != flow.info.fingerprint:
         problem = "its numbers are not those that the run was trained on (another fingerprint)"
-        raise DataError(about_file(source.name, problem, "pass the run's own data with --data, or start a new run"))
+        raise DataError(
+            about_file(
+                source.name,
+                problem,
+                "pass the run's own data with --data, allow it (--allow-changed-data), or start a new run",
+            )
+        )
+    if record is None:
+        return
     recorded = record.config.get("rows")
     for name, split in (("train", splits.train), ("valid", splits.valid)):
         was = recorded.get(name) if isinstance(recorded, dict) else None
         now = None if split is None else split.describe()
         if _without_source(was) != _without_source(now):
             problem = f"its {name} rows are not those of the run"
-            raise DataError(about_file(source.name, problem, "pass the run's own data with --data"))
+            raise DataError(
+                about_file(
+                    source.name, problem, "pass the run's own data with --data, or allow it (--allow-changed-data)"
+                )
+            )
 
 
 def _without_source(described: Any) -> Any:

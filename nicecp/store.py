@@ -8,15 +8,11 @@ a file made on purpose can do no more than be read or be refused).
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import math
 import os
-import secrets
-import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +20,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.errors import CheckpointError, NicecpError, about_file
+from nicecp import probe
+from nicecp.errors import CheckpointError, about_file
+from nicecp.files import find_target, opened, reason, reporting, write_bytes
 
 Attribute = int | float | str
 
@@ -41,7 +39,7 @@ MAX_ATTRIBUTES = 64  # of one group
 MAX_STRING = 1 << 15  # bytes of one string: HDF5 holds attributes below 64 KiB
 
 DAMAGED = "use another copy of the file"
-_CHUNK = 1 << 24  # bytes hashed, read or written by one call
+_CHUNK = 1 << 24  # bytes hashed by one call
 
 
 @dataclass
@@ -177,17 +175,17 @@ def newer(name: str | os.PathLike[str], version: int, known: int) -> str:
     return about_file(name, problem, "upgrade with `pip install -U nicecp`")
 
 
-def reason(error: BaseException) -> str:
-    """Why, in one line of at most 200 characters (HDF5's messages have line breaks)."""
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
+def go_through(path: str) -> None:
+    """All that ``decode`` does with a file but for the digest and the numbers, for nicecp.probe's child."""
+    with h5py.File(path, "r", locking="best-effort") as file:
+        _Walk(path, os.path.getsize(path), numbers=False).group(h5py.h5g.open(file.id, b"/"), "/", 0)
 
 
 class _Walk:
     """Collects a file's tree, refusing all that the format does not use before reading any of it."""
 
-    def __init__(self, name: str | os.PathLike[str], size: int) -> None:
-        self.name = name
+    def __init__(self, name: str | os.PathLike[str], size: int, numbers: bool = True) -> None:
+        self.name, self.numbers = name, numbers
         self.unread = size  # datasets may not add up to more than the file: storage can be shared by many of them
         self.addresses: set[int] = set()
         self.result = Tree()
@@ -245,8 +243,8 @@ class _Walk:
         if size > self.unread or dataset.get_storage_size() != size:
             raise self.refuse(path, f"has shape {shape} but not the bytes for it")
         self.unread -= size
-        array = np.empty(shape, dtype)
-        if size:
+        array = np.empty(shape if self.numbers else 0, dtype)
+        if size and self.numbers:
             dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, array, mtype=dataset.get_type())
         return array
 
@@ -267,7 +265,7 @@ def _dtype(kind: Any) -> np.dtype[Any] | None:
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a regular file begins with the magic; False for all else, also for what cannot be opened."""
     try:
-        with _opened(path) as fd:
+        with opened(path) as fd:
             return os.read(fd, len(MAGIC)) == MAGIC
     except (OSError, ValueError):
         return False
@@ -276,25 +274,17 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def read_tree(path: str | os.PathLike[str]) -> Tree:
     """The tree in a file. CheckpointError, one line, for all that can be wrong with a file."""
     try:
-        with _opened(path) as fd:
-            return decode(_read(fd, path), path)
+        with opened(path) as fd:
+            data = _read(fd, path)
+        # The digest shows damage, not what somebody made on purpose: that could still hang or crash HDF5.
+        if not probe.passes(os.fspath(path)):
+            raise CheckpointError(about_file(path, "its HDF5 part cannot be read in time", DAMAGED))
+        return decode(data, path)
     except CheckpointError:
         raise
     except (OSError, MemoryError, ValueError) as error:  # ValueError: a zero byte in the name
         problem, remedy = f"cannot be read ({reason(error)})", "check the path and its permissions"
         raise CheckpointError(about_file(path, problem, remedy)) from error
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor of a regular file. Opening a FIFO without O_NONBLOCK would wait for a writer for ever."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CheckpointError(about_file(path, "not a regular file", "expected a checkpoint"))
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _read(fd: int, name: str | os.PathLike[str]) -> bytes:
@@ -315,86 +305,8 @@ def _read(fd: int, name: str | os.PathLike[str]) -> bytes:
 
 
 def write_tree(path: str | os.PathLike[str], tree: Tree, overwrite: bool = False) -> None:
-    """Write a tree to a file, whole or not at all (see write_bytes)."""
-    with _reporting(path, CheckpointError):
-        _target(path, overwrite, CheckpointError)  # before the work of building the image
+    """Write a tree to a file, whole or not at all (see nicecp.files.write_bytes). Raises OutputError."""
+    with reporting(path):
+        find_target(path, overwrite)  # before the work of building the image
         image = _image(tree)
         write_bytes(path, (block_for(image), image), overwrite)  # not joined: that would copy a large image once more
-
-
-def write_bytes(
-    path: str | os.PathLike[str],
-    data: bytes | Sequence[bytes],
-    overwrite: bool = False,
-    error: type[NicecpError] = CheckpointError,
-) -> None:
-    """Write bytes, or parts one after the other, as one file that appears whole or not at all.
-
-    A temporary file in the same folder, fsync, os.replace, fsync of the folder: whatever interrupts it, the path holds
-    the old file or the new one. Without ``overwrite`` an existing file is an error. Raises ``error``, in one line;
-    the old file is then as it was and the temporary one is gone (but for a failing fsync of the folder, where the new
-    file is in place and may not survive a loss of power).
-    """
-    with _reporting(path, error):
-        target, mode = _target(path, overwrite, error)
-        folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            _replace(target, mode, [data] if isinstance(data, bytes) else data, lambda: _target(path, overwrite, error))
-            try:
-                os.fsync(folder)
-            except OSError as failure:
-                if failure.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do it for folders
-                    raise
-        finally:
-            os.close(folder)
-
-
-@contextlib.contextmanager
-def _reporting(path: str | os.PathLike[str], error: type[NicecpError]) -> Iterator[None]:
-    """What the system refuses, as one line about the file."""
-    try:
-        yield
-    except (OSError, MemoryError) as failure:
-        full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "check the folder or choose another name"
-        raise error(about_file(path, f"cannot be written ({reason(failure)})", remedy)) from failure
-
-
-def _target(path: str | os.PathLike[str], overwrite: bool, error: type[NicecpError]) -> tuple[str, int | None]:
-    """Where to write (symbolic links followed, so that a linked output stays a link) and the old file's mode."""
-    if "\0" in os.fspath(path):
-        raise error(about_file(path, "a zero byte in the name", "choose another name"))
-    target = os.path.realpath(path)
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        return target, None
-    if not stat.S_ISREG(mode):
-        raise error(about_file(path, "not a regular file", "choose another name"))
-    if not overwrite:
-        raise error(about_file(path, "already exists", "allow it (--overwrite, overwrite=True) or choose another name"))
-    return target, stat.S_IMODE(mode)
-
-
-def _replace(target: str, mode: int | None, parts: Sequence[bytes], check: Callable[[], object]) -> None:
-    """A temporary file, renamed; none stays behind on failure. Its name lets a later run tell those of dead writers."""
-    temporary = os.path.join(os.path.dirname(target), f".nicecp-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
-    try:
-        try:
-            if mode is not None:
-                with contextlib.suppress(OSError):  # some file systems have no modes; it was opened with no wider one
-                    os.fchmod(fd, mode)
-            for part in parts:
-                left = memoryview(part)
-                while left:
-                    left = left[os.write(fd, left[:_CHUNK]) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        check()  # the path may have come into being while we wrote
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first failure is the one to report
-            os.unlink(temporary)
-        raise

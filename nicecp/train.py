@@ -18,6 +18,7 @@ from nicecp.loading import Loader
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
+from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
 from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
 
@@ -133,6 +134,7 @@ class Trainer:
         self._window: Window | None = None
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
+        self._recovery = Recovery(self)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Trainer:
             self._data = self.backend.asarray(window.data)
             self._runnable = self.backend.record(self._step)
         self._window, self._batches_left = window, window.n_batches
+        self._recovery.window_opened()
 
     def _set(self, **slots: float) -> None:
         host = self.backend.copy_out(self.state)
@@ -209,7 +212,7 @@ class Trainer:
         Raises
         ------
         TrainingError
-            Every step of an epoch had a loss that is not finite.
+            The loss is not finite again and again (nicecp.recovery), or every epoch's validation.
         """
         self._stop = False
         # An overflow shows in the loss: the step is skipped, counted and reported.
@@ -218,6 +221,9 @@ class Trainer:
                 self._run_epoch()
         if self.finished:
             self.p[...] = self.best
+            if self.record.best_epoch == 0:
+                problem = "no epoch had a finite validation log-likelihood"
+                raise TrainingError(f"{problem}; lower the learning rate (--lr) or look at the data")
         return self.record
 
     def _begin_epoch(self) -> None:
@@ -234,6 +240,7 @@ class Trainer:
             self._open(window)
             while self._batches_left:
                 self._next_batch()
+                self._recovery.after_step(self._batches_left == 0)
                 for callback in self.callbacks:
                     callback.on_step(self)
                 if self._stop:
@@ -248,21 +255,19 @@ class Trainer:
 
     def _end_epoch(self, started: float) -> None:
         epoch = self.record.epoch + 1
+        self._recovery.before_validation()
         state = self.backend.copy_out(self.state)
-        if state[Slot.WEIGHT_SUM] == 0.0:
-            raise TrainingError(
-                f"epoch {epoch}: no batch had a finite loss; lower the learning rate (--lr) or look at the data"
-            )
         self._note_skipped(epoch, state)
-        train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
+        train = math.nan  # no batch had a finite loss
+        if state[Slot.WEIGHT_SUM]:
+            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
         valid = math.nan
         if self._evaluator is not None:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
         self.position = 0
         self.record.epoch = epoch
         best = self.record.best_valid_log_likelihood
-        better = valid > best or (math.isnan(best) and not math.isnan(valid))
-        if self._evaluator is None or self.record.best_epoch == 0 or better:
+        if self._evaluator is None or (math.isfinite(valid) and not valid <= best):  # at first best is NaN
             self.best[...] = self.p
             self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
             self.stale_epochs = 0
@@ -302,6 +307,7 @@ class Trainer:
             state=state,
             stale_epochs=self.stale_epochs,
             epoch_seconds=self._epoch_seconds,
+            bad_steps=self._recovery.count(),
         )
 
     def restore(self, record: RunRecord, resume: ResumeState) -> None:
@@ -320,3 +326,4 @@ class Trainer:
         self.record = record
         self._skipped = int(resume.state[Slot.SKIPPED])
         self._batches_left = 0
+        self._recovery.restored(resume.bad_steps)

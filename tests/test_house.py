@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.spec",
         "nicecp.preprocessing",
         "nicecp.records",
+        "nicecp.probe",
+        "nicecp.files",
         "nicecp.store",
         "nicecp.schema",
         "nicecp.params",

@@ -180,9 +180,9 @@ def test_options_reach_the_run(folder: Path, capsys: pytest.CaptureFixture[str])
     ("text", "seconds"), [("30s", 30.0), ("5min", 300.0), ("2h", 7200.0), ("1.5", 90.0), (" .5 h ", 1800.0)]
 )
 def test_times(text: str, seconds: float) -> None:
-    from nicecp.cli.options import duration
+    from nicecp.cli.options import interval
 
-    assert duration(text) == seconds
+    assert interval(text) == (seconds, None)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import nicecp
 from nicecp import checkpoint
 from nicecp.checkpoint import load, load_run, load_state, save_run, save_state, state_path
-from nicecp.errors import CheckpointError
+from nicecp.errors import CheckpointError, OutputError
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Slot
 from nicecp.preprocessing import Dequantize, Standardize, Step
@@ -147,7 +147,7 @@ def test_a_flow_saved_alone_has_no_run(tmp_path: Path) -> None:
         CheckpointError, match=r"flow\.h5': holds a model but not the state .*'.*flow\.state\.h5' beside it"
     ):
         load_state(path)
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         flow.save(path)
 
 
@@ -304,7 +304,7 @@ def test_an_existing_run_is_kept_without_overwrite(tmp_path: Path) -> None:
     path, flow = tmp_path / "run.h5", example_flow()
     save_run(path, flow, flow.parameters(), example_run())
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=r"already exists; allow it \(--overwrite"):
+    with pytest.raises(OutputError, match=r"already exists; allow it \(--overwrite"):
         save_run(path, flow, numbers(flow.spec, 8), example_run())
     assert path.read_bytes() == before
     save_run(path, flow, numbers(flow.spec, 8), example_run(), overwrite=True)

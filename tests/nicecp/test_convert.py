@@ -19,7 +19,7 @@ from nicecp import convert
 from nicecp.convert import csv_to_hdf5, idx_to_hdf5, write_demo
 from nicecp.csv_text import text_blocks
 from nicecp.data import open_source, open_splits
-from nicecp.errors import DataError
+from nicecp.errors import DataError, OutputError
 
 
 def converted(tmp_path: Path, text: str | bytes, **options: object) -> tuple[list[list[float]], tuple[str, ...] | None]:
@@ -149,22 +149,22 @@ def test_outputs_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2\n3,4\n")
     target = tmp_path / "x.h5"
     target.write_bytes(b"precious")
-    with pytest.raises(DataError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         csv_to_hdf5(tmp_path / "x.csv", target)
-    with pytest.raises(DataError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         write_demo(target)
     (tmp_path / "bad.csv").write_text("1,2\n3,x\n")
     with pytest.raises(DataError, match="line 2"):
         csv_to_hdf5(tmp_path / "bad.csv", target, overwrite=True)
-    with pytest.raises(DataError, match="it is the input"):
+    with pytest.raises(OutputError, match="it is one of the inputs"):
         csv_to_hdf5(tmp_path / "x.csv", tmp_path / "." / "x.csv", overwrite=True)
     assert target.read_bytes() == b"precious"
     csv_to_hdf5(tmp_path / "x.csv", target, overwrite=True)
     assert open_source(target).n_rows == 2
-    with pytest.raises(DataError, match="folder does not exist"):
+    with pytest.raises(OutputError, match=r"its folder cannot be written.*make the folder"):
         csv_to_hdf5(tmp_path / "x.csv", tmp_path / "no" / "x.h5")
     (tmp_path / "dir").mkdir()
-    with pytest.raises(DataError, match="not a regular file"):
+    with pytest.raises(OutputError, match="it is a folder"):
         csv_to_hdf5(tmp_path / "x.csv", tmp_path / "dir", overwrite=True)
     with pytest.raises(DataError, match="no such file"):
         csv_to_hdf5(tmp_path / "nope.csv", tmp_path / "y.h5")
@@ -180,12 +180,12 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, in_memory: int) -> None:
     script = f"""
 import resource, signal
 from nicecp import convert
-from nicecp.errors import DataError
+from nicecp.errors import OutputError
 convert._IN_MEMORY = {in_memory}
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
     convert.csv_to_hdf5({str(tmp_path / "x.csv")!r}, {str(tmp_path / "x.h5")!r}, overwrite=True)
-except DataError as error:
+except OutputError as error:
     print(error)
 """
     root = Path(__file__).parents[2]

@@ -238,3 +238,23 @@ def test_resume_of_a_file_without_settings(table: str, tmp_path: Path) -> None:
     save_state(state_path(out), flow, record, state)
     with pytest.raises(CheckpointError, match="does not say with which settings"):
         Run.resume(out)
+
+
+def test_changed_data_are_taken_only_if_that_is_asked_for(table: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    train(table, out, [StopAt(TABLE_STEPS + 3, Trainer.request_stop)])
+    os.unlink(table)
+    write_table(tmp_path / "table.h5", seed=1, rows=300)
+    with pytest.raises(DataError, match=r"another fingerprint.*--allow-changed-data"):
+        go_on(out)
+    outcome = go_on(out, allow_changed_data=True)
+    assert outcome.finished
+    assert outcome.record.epoch == 3
+    assert outcome.train.rows == 250
+    (event,) = outcome.record.events
+    assert (event.epoch, event.step, event.kind) == (1, TABLE_STEPS + 3, "data")
+    go_on(out, epochs=4)  # from now on these are its data
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["train"] = np.zeros((50, 4))
+    with pytest.raises(DataError, match="4 columns"):
+        go_on(out, epochs=5, data=str(tmp_path / "other.h5"), allow_changed_data=True)

@@ -14,7 +14,7 @@ import pytest
 
 from nicecp import run as run_module
 from nicecp.checkpoint import load, load_run, load_state, save_run, state_path
-from nicecp.errors import CheckpointError
+from nicecp.errors import OutputError
 from nicecp.records import EpochRecord
 from nicecp.run import Run
 from nicecp.train import Callback, Trainer
@@ -135,7 +135,7 @@ def test_a_failed_checkpoint_on_the_way_is_a_warning(
     def fails_once(path: Any, *args: Any, **kwargs: Any) -> None:
         calls.append(path)
         if len(calls) == 1:
-            raise CheckpointError(f"{path!r}: no space; free some space")
+            raise OutputError(f"{path!r}: no space; free some space")
         save_run(path, *args, **kwargs)
 
     monkeypatch.setattr(run_module, "save_run", fails_once)
@@ -149,23 +149,23 @@ def test_a_failed_checkpoint_on_the_way_is_a_warning(
 
 def test_a_failure_at_the_end_is_an_error(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path: Any, *args: Any, **kwargs: Any) -> None:
-        raise CheckpointError("no space")
+        raise OutputError("no space")
 
     monkeypatch.setattr(run_module, "save_run", fails)
-    with pytest.raises(CheckpointError, match="no space"):
+    with pytest.raises(OutputError, match="no space"):
         train(table, tmp_path / "run.h5", epochs=1)
 
 
 def test_existing_outputs(table: str, tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     out.write_text("precious")
-    with pytest.raises(CheckpointError, match=r"run\.h5.*already exists.*--overwrite"):
+    with pytest.raises(OutputError, match=r"run\.h5.*already exists.*--overwrite"):
         Run.start("no-such-data.h5", out)  # before the data are looked at
     assert out.read_text() == "precious"
     train(table, out, epochs=1, overwrite=True)
     assert load(out).n_features == 5
     out.unlink()
-    with pytest.raises(CheckpointError, match=r"run\.state\.h5.*already exists"):
+    with pytest.raises(OutputError, match=r"run\.state\.h5.*already exists"):
         train(table, out)
 
 
@@ -176,7 +176,7 @@ def test_outputs_that_will_not_do(table: str, tmp_path: Path, name: str, monkeyp
     (tmp_path / "link.h5").symlink_to("table.h5")
     before = Path(table).read_bytes()
     for spec in ("table.h5", "table.h5:/train"):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(OutputError):
             Run.start(spec, name, overwrite=True, **SMALL)
     assert Path(table).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from nicecp import store
-from nicecp.errors import CheckpointError
-from nicecp.store import Tree, decode, encode, read_tree, write_bytes, write_tree
+from nicecp.errors import CheckpointError, OutputError
+from nicecp.files import write_bytes
+from nicecp.store import Tree, decode, encode, read_tree, write_tree
 
 
 def example() -> Tree:
@@ -179,7 +180,7 @@ def test_a_newer_format_is_named_as_such() -> None:
 def test_an_existing_file_is_kept_without_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     path.write_bytes(b"old")
-    with pytest.raises(CheckpointError, match=r"x\.h5': already exists; allow it \(--overwrite"):
+    with pytest.raises(OutputError, match=r"x\.h5': already exists; allow it \(--overwrite"):
         write_tree(path, example())
     assert path.read_bytes() == b"old"
     write_tree(path, example(), overwrite=True)
@@ -195,7 +196,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pyte
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", appear)
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         write_bytes(path, b"ours")
     assert path.read_bytes() == b"theirs"
     assert os.listdir(tmp_path) == ["x.h5"]
@@ -271,7 +272,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
         return real(arguments[0], arguments[1][:100]) if call == "write" else None
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(OutputError) as caught:
         write_tree(path, example(), overwrite)
     monkeypatch.undo()
     assert calls
@@ -296,7 +297,7 @@ def test_too_little_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise MemoryError
 
     monkeypatch.setattr(store, "_image", fail)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(MemoryError\)"):
+    with pytest.raises(OutputError, match=r"cannot be written \(MemoryError\)"):
         write_tree(tmp_path / "x", example())
 
 
@@ -313,6 +314,6 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         read_tree(path)
         with pytest.raises(CheckpointError):
             read_tree(tmp_path)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(OutputError):
             write_tree(path, example())
     assert len(os.listdir(folder)) == before
