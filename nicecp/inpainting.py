@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
 from nicecp.data import column_stats, open_source, open_splits
-from nicecp.errors import CheckpointError, DataError, about_file
+from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits, check_width
 from nicecp.files import write_bytes
 from nicecp.flow import NICE
@@ -245,9 +245,9 @@ def write_inpainting(painted: Painted, out: StrPath, overwrite: bool = False) ->
 
 
 def check_inpainting_output(out: StrPath, overwrite: bool, *inputs: Any) -> None:
-    """CheckpointError where the output cannot be written, before the work for it."""
+    """OutputError where the output cannot be written, before the work for it."""
     if _suffix(out) not in FORMATS:
-        raise CheckpointError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
+        raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     check_output(out, overwrite, *inputs)
 
 

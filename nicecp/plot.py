@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
-from nicecp.errors import CheckpointError, MissingExtra, about_file
+from nicecp.errors import CheckpointError, MissingExtra, OutputError, about_file
 from nicecp.files import write_bytes
 from nicecp.flow import NICE
 from nicecp.images import grid
@@ -189,9 +189,9 @@ def inpainting_figure(painted: Painted) -> Figure:
 
 
 def check_figure_name(out: StrPath) -> None:
-    """CheckpointError unless the name ends as a figure does."""
+    """OutputError unless the name ends as a figure does."""
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
-        raise CheckpointError(about_file(out, "unknown kind of figure", f"name it {', '.join(FORMATS)}"))
+        raise OutputError(about_file(out, "unknown kind of figure", f"name it {', '.join(FORMATS)}"))
 
 
 def write_figure(figure: Figure, out: StrPath, overwrite: bool = False, dpi: int = DPI) -> None:
@@ -226,8 +226,9 @@ def plot(
     Raises
     ------
     CheckpointError
-        The checkpoint or the output cannot be used; its data are no images (samples, manifold); it has no record of
-        training (curve).
+        The checkpoint cannot be used; its data are no images (samples, manifold); it has no record of training (curve).
+    OutputError
+        The output cannot be written, or is no kind of figure.
     MissingExtra
         matplotlib is not installed.
     ValueError

@@ -15,7 +15,7 @@ import pytest
 from nicecp import plot
 from nicecp.checkpoint import save_run
 from nicecp.cli.main import main
-from nicecp.errors import CheckpointError, MissingExtra
+from nicecp.errors import MissingExtra, OutputError
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize
@@ -222,5 +222,5 @@ def test_unknown_figures(folder: Path) -> None:
     with pytest.raises(ValueError, match="samples, spectrum, manifold, curve"):
         plot.plot("histogram", "grey.h5", "x.png")
     Path("x.png").symlink_to("grey.h5")
-    with pytest.raises(CheckpointError, match="one of the inputs"):
+    with pytest.raises(OutputError, match="one of the inputs"):
         plot.plot("spectrum", "grey.h5", "x.png", overwrite=True)
