@@ -54,6 +54,7 @@ class Slot:
     SQUARE_DECAY = 12  # AdaM: 1 - beta2 of the paper (0.99); RMSProp: averaging coefficient (0.95)
     LAMBDA = 13  # AdaM: decay of the first-moment coefficient
     EPSILON = 14  # AdaM: added to sqrt(vh); RMSProp: the floor of the root mean square
+    BAD_GRADIENT = 15  # 1 once an update of the current step met a gradient that is not finite
     LOSS_RING = 32  # losses of the last RING_SIZE steps, at LOSS_RING + cursor % RING_SIZE
     RING_SIZE = 32
     SIZE = 64
@@ -281,6 +282,8 @@ class Backend(ABC):
     ) -> None:
         """One update of p[offset:offset+size] from g; p, g, m, v are the flat buffers. Does nothing while SKIP is set.
 
+        Where g is not finite, p, m and v stay as they are and BAD_GRADIENT is set.
+
         With t = STEP + 1. adam: b1_t = MOMENTUM * LAMBDA^(t-1); m = b1_t m + (1 - b1_t) g; v = SQUARE_DECAY v +
         (1 - SQUARE_DECAY) g^2; p -= RATE * (m / (1 - MOMENTUM^t)) / (sqrt(v / (1 - SQUARE_DECAY^t)) + EPSILON).
         rmsprop: v as above; m = MOMENTUM m - RATE g / max(sqrt(v), EPSILON); p += m.
@@ -290,7 +293,8 @@ class Backend(ABC):
     @abstractmethod
     def advance(self, state: Array) -> None:
         """End of a step: CURSOR += 1; unless SKIP, STEP += 1 and RATE = max(RATE / RATE_DECAY, RATE_FLOOR) (a rate
-        that starts below the floor stays); with SKIP, SKIPPED += 1."""
+        that starts below the floor stays); with SKIP, SKIPPED += 1. With BAD_GRADIENT, which is cleared, SKIPPED += 1
+        and the step's place in the loss ring becomes NaN."""
 
     # --- random numbers ---------------------------------------------------------------------------
 

@@ -284,7 +284,7 @@ class Trainer:
         skipped = int(state[Slot.SKIPPED]) - self._skipped
         if skipped:
             count, were = ("1 step", "was") if skipped == 1 else (f"{skipped} steps", "were")
-            message = f"{count} had a loss that is not finite and {were} skipped"
+            message = f"{count} had a loss or gradients that are not finite and {were} skipped"
             logger.warning("epoch %d: %s", epoch, message)
             self.record.events.append(Event(epoch, int(state[Slot.STEP]), "skipped", message))
         self._skipped += skipped

@@ -185,9 +185,9 @@ def rmsprop(p: F64, g: F64, m: F64, v: F64, state: F64) -> tuple[F64, F64, F64]:
 
 
 def update(p: F64, g: F64, m: F64, v: F64, offset: int, size: int, state: F64, optimizer: str) -> tuple[F64, F64, F64]:
-    """-> p, m, v, changed in [offset, offset + size) only and not at all while SKIP is set."""
+    """-> p, m, v, changed in [offset, offset + size) where g is finite, and not at all while SKIP is set."""
     p, m, v = p.copy(), m.copy(), v.copy()
-    part = slice(offset, offset + size)
+    part = offset + np.flatnonzero(np.isfinite(g[offset : offset + size]))
     if not state[Slot.SKIP]:
         rule = {"adam": adam, "rmsprop": rmsprop}[optimizer]
         p[part], m[part], v[part] = rule(p[part], g[part], m[part], v[part], state)
@@ -196,6 +196,10 @@ def update(p: F64, g: F64, m: F64, v: F64, offset: int, size: int, state: F64, o
 
 def advance(state: F64) -> F64:
     state = state.copy()
+    if state[Slot.BAD_GRADIENT]:
+        state[Slot.BAD_GRADIENT] = 0
+        state[Slot.SKIPPED] += 1
+        state[Slot.LOSS_RING + int(state[Slot.CURSOR]) % Slot.RING_SIZE] = np.nan
     state[Slot.CURSOR] += 1
     if state[Slot.SKIP]:
         state[Slot.SKIPPED] += 1

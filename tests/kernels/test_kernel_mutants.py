@@ -188,6 +188,8 @@ SUBTLE: dict[str, tuple[str, Change, Callable[[Any], None]]] = {
     "update although skipped": ("update", with_state(6, Slot.SKIP, 0), partial(SKIPS, optimizer="adam")),
     "update from element 0": ("update", with_argument(4, lambda offset: 0), lambda b: RANGES(b)),
     "update one too many": ("update", with_argument(5, lambda size: size + 1), lambda b: RANGES(b)),
+    "every gradient taken for finite": ("update", with_argument(1, np.nan_to_num),
+        lambda b: test_update.test_gradients_that_are_not_finite_move_nothing(b, "float64", "adam", 33)),
     "loss of padding": ("loss", with_argument(3, np.ones_like), loss),
     "loss never skips": ("loss", never_skips, partial(loss, bad=np.inf)),
     "no loss ring": ("loss", no_ring, loss),

@@ -90,6 +90,36 @@ def test_a_loss_that_is_not_finite_leaves_the_parameters_alone(backend: Backend,
     assert device.get(state)[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.SKIP]].tolist() == [6, 2, 1, 0]
 
 
+@DTYPES
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("size", [5, 33, 50_000])
+def test_gradients_that_are_not_finite_move_nothing(backend: Backend, dtype: str, optimizer: str, size: int) -> None:
+    """Their own parameters stay, the others move; the step counts as skipped, and the next one is a good one."""
+    device = Device(backend, dtype)
+    p, g, m, v = (device.normal(size) for _ in range(4))
+    v, bad = abs(v), [0, size // 2, size - 1]
+    g[bad] = [np.nan, np.inf, -np.inf]
+    state = new_state(**HYPER[optimizer], STEP=3, CURSOR=40, LOSS=2)
+    state[Slot.LOSS_RING + 8] = 2
+    device_p, device_g, device_m, device_v, device_state = (
+        device.put(p), device.put(g), device.put(m), device.put(v), device.put(state, "float64"),
+    )  # fmt: skip
+    backend.update(device_p, device_g, device_m, device_v, 0, size, device_state, OPTIMIZERS[optimizer])
+    expected = oracle.update(p, g, m, v, 0, size, state, optimizer)
+    for name, found, before, wanted in zip("pmv", (device_p, device_m, device_v), (p, m, v), expected, strict=True):
+        device.close(found, wanted, name, 10 * device.tolerance)
+        assert np.array_equal(device.get(found)[bad], before[bad]), name
+    assert device.get(device_state)[Slot.BAD_GRADIENT] == 1
+    backend.advance(device_state)
+    state[Slot.BAD_GRADIENT] = 1
+    np.testing.assert_array_equal(device.get(device_state), oracle.advance(state))
+    after = device.get(device_state)
+    assert after[[Slot.STEP, Slot.CURSOR, Slot.SKIPPED, Slot.BAD_GRADIENT]].tolist() == [4, 41, 1, 0]
+    assert np.isnan(after[Slot.LOSS_RING + 8])
+    backend.update(device_p, device.put(np.ones(size)), device_m, device_v, 0, size, device_state, 0)
+    assert device.get(device_state)[Slot.BAD_GRADIENT] == 0
+
+
 @pytest.mark.parametrize(
     ("rate", "decay", "floor", "expected"),
     [

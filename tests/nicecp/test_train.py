@@ -254,7 +254,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_noted(caplog: pytest.LogCap
         (2, 6, "skipped"),
     ]
     assert {event.message for event in trainer.record.events} == {
-        "1 step had a loss that is not finite and was skipped"
+        "1 step had a loss or gradients that are not finite and was skipped"
     }
     assert all(np.isfinite(value).all() for value in trainer.flow.parameters().values())
     assert all(np.isfinite(row.train_log_likelihood) for row in trainer.record.history)
