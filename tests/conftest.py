@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
 
 import pytest
 
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Backend
+
+# Under nohup this process ignores SIGHUP, and so would every command that the tests start: a run respects that.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Every way of running the kernels: add a line here and the whole contract is checked on it.
 BACKENDS: dict[str, Callable[[], Backend]] = {

@@ -94,13 +94,18 @@ def test_an_interrupt_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch, mom
             raise KeyboardInterrupt
         return get(queue)  # type: ignore[arg-type]
 
+    def begun(me: int, size: int) -> None:
+        if moment == "before":
+            meeting.wait()  # for those that never come
+        time.sleep(0.05)
+
     with monkeypatch.context() as patch:
         if moment == "before":
             patch.setattr(pool._Worker, "begin", begin_or_not)
         else:
             patch.setattr(pool, "_get", get_once)
         with pytest.raises(KeyboardInterrupt):
-            crew.run(lambda me, size: time.sleep(0.05) if me == 0 or size == 1 else meeting.wait(), 3, meeting.abort)
+            crew.run(begun, 3, meeting.abort)
     seen: list[int] = []
     again = Meeting(3)
 
