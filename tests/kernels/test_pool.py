@@ -111,11 +111,11 @@ def test_an_interrupt_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch, mom
 
     def work(me: int, size: int) -> None:
         assert again.wait()
-        time.sleep(0.02 * me)
+        time.sleep(0.1 if me == 1 else 0.0)  # of whom an old report is left
         seen.append(me)
 
     crew.run(work, 3, again.abort)
-    assert seen == [0, 1, 2], "the call returned before all had ended"
+    assert sorted(seen) == [0, 1, 2], "the call returned before all had ended"
 
 
 def test_several_callers_at_once() -> None:
