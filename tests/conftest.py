@@ -11,9 +11,11 @@ import pytest
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Backend
 
-# Under nohup this process ignores SIGHUP, and so would every command that the tests start: a run respects that.
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Under nohup, or in the background of a shell, this process ignores signals, and so would every command that it starts:
+# a run respects that.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # Every way of running the kernels: add a line here and the whole contract is checked on it.
 BACKENDS: dict[str, Callable[[], Backend]] = {
