@@ -27,6 +27,7 @@ def test_the_corpus_is_as_large_as_promised() -> None:
     assert len(refused) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_data(tmp_path: Path, name: str) -> None:
     make, words = CASES[name]
