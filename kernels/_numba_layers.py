@@ -295,7 +295,7 @@ def update_adam(p, g, m, v, state):  # type: ignore[no-untyped-def]
     root = real(1.0 / math.sqrt(1.0 - decay**t))
     epsilon = real(state[_EPSILON])
     zero, tiny, largest = real(0), real(np.finfo(p.dtype).tiny), real(np.finfo(p.dtype).max)
-    bad = 0
+    bad = zero
     for i in range(p.shape[0]):
         gi = g[i]
         fine = abs(gi) <= largest
@@ -308,8 +308,8 @@ def update_adam(p, g, m, v, state):  # type: ignore[no-untyped-def]
         m[i] = mi if fine else m[i]
         v[i] = vi if fine else v[i]
         p[i] -= change if fine else zero
-        bad += 0 if fine else 1
-    if bad:
+        bad += gi * zero  # stays 0 while gradients are finite, else NaN
+    if bad != zero:
         state[_BAD_GRADIENT] = 1.0
 
 
@@ -323,7 +323,7 @@ def update_rmsprop(p, g, m, v, state):  # type: ignore[no-untyped-def]
     b2, one_b2 = real(state[_SQUARE_DECAY]), real(1.0 - state[_SQUARE_DECAY])
     floor = real(state[_EPSILON])
     zero, tiny, largest = real(0), real(np.finfo(p.dtype).tiny), real(np.finfo(p.dtype).max)
-    bad = 0
+    bad = zero
     for i in range(p.shape[0]):
         gi = g[i]
         fine = abs(gi) <= largest
@@ -334,8 +334,8 @@ def update_rmsprop(p, g, m, v, state):  # type: ignore[no-untyped-def]
         v[i] = vi if fine else v[i]
         m[i] = mi if fine else m[i]
         p[i] += mi if fine else zero
-        bad += 0 if fine else 1
-    if bad:
+        bad += gi * zero  # stays 0 while gradients are finite, else NaN
+    if bad != zero:
         state[_BAD_GRADIENT] = 1.0
 
 
