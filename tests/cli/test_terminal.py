@@ -20,22 +20,10 @@ import pytest
 from nicecp.checkpoint import load_run, load_state
 from nicecp.cli.progress import layout
 from nicecp.run import Progress
+from tests.nicecp.runs import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREVER = ["--epochs", "1000000"]
-LONG = [
-    "train",
-    "--data",
-    "table.h5",
-    "--patience",
-    "1000000",
-    "--hidden",
-    "2x64",
-    "--batch-size",
-    "50",
-    "--threads",
-    "1",
-]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from nicecp.checkpoint import load_run, load_state
 from nicecp.kernels.backend import Slot
-from tests.nicecp.runs import model_bytes
+from tests.nicecp.runs import LONG, model_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,19 +29,6 @@ def start(words: list[str], folder: Path, **given: Any) -> subprocess.Popen[str]
 
 
 EPOCHS = ["--epochs", "40"]
-LONG = [
-    "train",
-    "--data",
-    "table.h5",
-    "--patience",
-    "1000000",
-    "--hidden",
-    "2x64",
-    "--batch-size",
-    "50",
-    "--threads",
-    "1",
-]
 
 
 @pytest.fixture(scope="module")

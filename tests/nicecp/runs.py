@@ -14,6 +14,10 @@ from nicecp.run import Run
 from nicecp.train import Callback, Trainer
 
 SMALL: dict[str, Any] = {"hidden": (6,), "couplings": 3, "batch_size": 32, "threads": 1, "seed": 4}
+LONG = [  # a run of the command that takes a while
+    *("train", "--data", "table.h5", "--patience", "1000000"),
+    *("--hidden", "2x64", "--batch-size", "50", "--threads", "1"),
+]
 TABLE_STEPS = 500 // 32  # of an epoch: 600 rows less a sixth
 
 
