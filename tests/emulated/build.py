@@ -81,7 +81,9 @@ class EmulatedKernel:
     def __call__(self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], schedule: int = 0) -> None:
         if len(arguments) != len(self._parameters):
             raise EmulationError(f"{self.name} takes {len(self._parameters)} arguments, not {len(arguments)}")
-        values = [self._value(i, one, kind) for i, (one, kind) in enumerate(zip(arguments, self._parameters, strict=True))]
+        values = [
+            self._value(i, one, kind) for i, (one, kind) in enumerate(zip(arguments, self._parameters, strict=True))
+        ]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         if self._launch(_three(grid), _three(block), ctypes.c_uint(schedule), pointers):
             raise EmulationError(f"{self.name}: {self._message().decode()}")

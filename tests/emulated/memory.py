@@ -21,8 +21,8 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Memory(np.ndarray[Any, Any]):
     """An array in guarded memory; its views and slices know the bytes between its end and the unreadable page.
 
-    An array begins on an ALIGNMENT boundary, so up to ALIGNMENT - 1 bytes behind it can be touched without a fault: they
-    are NaN, and ``check`` sees when they no longer are.
+    An array begins on an ALIGNMENT boundary, so up to ALIGNMENT - 1 bytes behind it can be touched without a fault:
+    they are NaN, and ``check`` sees when they no longer are.
     """
 
     behind: NDArray[np.uint8] | None = None
