@@ -105,7 +105,7 @@ class Hasty(Plan):
 
 def trained(hasty: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> bytes:
     if hasty:
-        monkeypatch.setattr("nicecp.kernels.cuda_backend.Plan", Hasty)
+        monkeypatch.setattr("nicecp.kernels.cuda_device.Plan", Hasty)
     _, trainer = step_of([(5, 4), (3, 3), (4,)], monkeypatch, late=late)
     for _ in range(5):
         trainer.step()
@@ -120,7 +120,7 @@ def test_a_step_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert trained(True, True, monkeypatch) != good
 
 
-# --- what is joined, and what is not --------------------------------------------------------------------------------
+# --- what is joined, and what is not ------------------------------------------------------------
 
 
 class Layer:
