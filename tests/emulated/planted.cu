@@ -79,7 +79,7 @@ PLANTED(write_far)(const float* x, float* y) {
 }
 
 PLANTED(read_before)(const float* x, float* y) {
-    y[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 2048];
+    y[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 1024];
 }
 
 // Who comes last wins: which thread that is depends on the order of the blocks.

@@ -169,6 +169,25 @@ def test_side_blocks_run_when_they_are_waited_for_at_the_latest(late: bool) -> N
     assert driver.to_host(a)[0] == 2
 
 
+def test_blocks_of_another_lane_run_on_their_own() -> None:
+    driver = EmulatedDriver(late=True)
+    one, *arrays = (driver.alloc(4, np.float64) for _ in range(4))
+    one[:] = 1
+    tokens = []
+    for lane, array, after in ((0, arrays[0], []), (1, arrays[1], []), (1, arrays[2], [0])):
+        with driver.side(lane, [tokens[i] for i in after]) as token:
+            add_one(driver, array, one)
+        tokens.append(token)
+    driver.wait(tokens[1])
+    assert [array[0] for array in arrays] == [0, 1, 0]
+    driver.wait(tokens[2])
+    assert [array[0] for array in arrays] == [1, 1, 1]
+    driver.wait(tokens[0])
+    assert [array[0] for array in arrays] == [1, 1, 1], "once is enough"
+    with pytest.raises(EmulationError, match="no lane 2"), driver.side(2):
+        pass
+
+
 def test_a_capture_carries_nothing_out_and_replays_everything() -> None:
     driver = EmulatedDriver(late=True)
     one, a = driver.alloc(4, np.float64), driver.alloc(4, np.float64)
