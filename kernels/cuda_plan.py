@@ -7,6 +7,7 @@ one as soon as it touches what the block does, and not before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,12 +99,8 @@ class Plan:
             later = calls[position + 1 :]
             if isinstance(call, BiasForward):
                 before = out[-1] if out else None
-                if isinstance(before, Product) and self._same(before.out, call.y):
-                    epilogue: Epilogue = Bias(call.b)
-                    if call.relu:
-                        epilogue = ReluBias(call.b, self._mask_wanted(call.y, later))
-                    if before.take(self._driver, epilogue):
-                        continue
+                if isinstance(before, Product) and self._takes_bias(before, call, later):
+                    continue
                 after = later[0] if later else None
                 if not call.relu and isinstance(after, Couple) and self._adds_bias(after, call.y):
                     after.bias = call.b
@@ -111,9 +108,18 @@ class Plan:
             out.append(call)
         return out
 
-    def _mask_wanted(self, y: Array, later: list[Call]) -> Array | None:
-        wanted = any(isinstance(call, BiasBackward) and call.relu and self._same(call.y, y) for call in later)
-        return self._driver.relu_mask(*y.shape) if wanted else None
+    def _takes_bias(self, product: Product, call: BiasForward, later: list[Call]) -> bool:
+        own = self._same(product.out, call.y)
+        return own and any(product.take(self._driver, epilogue) for epilogue in self._biases(call, later))
+
+    def _biases(self, call: BiasForward, later: list[Call]) -> Iterator[Epilogue]:
+        """Epilogues that do it, the best one first: without a mask the backward pass looks at y."""
+        if not call.relu:
+            yield Bias(call.b)
+            return
+        if any(isinstance(other, BiasBackward) and other.relu and self._same(other.y, call.y) for other in later):
+            yield ReluBias(call.b, self._driver.relu_mask(*call.y.shape))
+        yield ReluBias(call.b)
 
     def _adds_bias(self, couple: Couple, m: Array) -> bool:
         apart = not self._meet([couple.x, couple.y], [m])

@@ -25,7 +25,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "numba": lambda: get_backend("cpu", threads=1),
     "numba-2-threads": lambda: get_backend("cpu", threads=2),
     "cuda-emulated": lambda: CudaBackend(EmulatedDriver()),
-    "cuda-emulated-backward": lambda: CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)),
+    "cuda-emulated-backward": lambda: CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")),
 }
 LARGE = 500_000  # numbers in an array, for an emulated device
 

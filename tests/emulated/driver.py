@@ -18,6 +18,7 @@ from tests.emulated.build import EmulatedKernel, EmulationError
 from tests.emulated.memory import Memory, guarded
 
 Work = Callable[[], None]
+EPILOGUES = ("none", "unmasked", "all")
 
 
 class _Block(NamedTuple):
@@ -32,15 +33,17 @@ class EmulatedDriver:
 
     schedule : the order of threads and blocks, 0 forward, 1 backward, others mixed. late : side blocks run as late as
     they may, when somebody waits for them, instead of at once: what relies on anything in between is seen. epilogues :
-    whether products offer them. lanes : side streams. blocks : few, so that kernels stride.
+    which of EPILOGUES products offer. lanes : side streams. blocks : few, so that kernels stride.
     """
 
     name = "emulated"
     precision = "float32"
 
     def __init__(
-        self, schedule: int = 0, late: bool = False, epilogues: bool = False, lanes: int = 2, blocks: int = 5
+        self, schedule: int = 0, late: bool = False, epilogues: str = "none", lanes: int = 2, blocks: int = 5
     ) -> None:
+        if epilogues not in EPILOGUES:
+            raise ValueError(f"epilogues must be one of {', '.join(EPILOGUES)}, got {epilogues!r}")
         self.schedule, self.late, self.epilogues, self.lanes, self.blocks = schedule, late, epilogues, lanes, blocks
         self.launches = 0  # kernels and products, for tests that count
         self._kernels: dict[str, Kernel] = {}
@@ -104,7 +107,10 @@ class EmulatedDriver:
         epilogue: Epilogue | None = None,
     ) -> bool:
         self._outside_a_capture("a product is prepared")
-        if epilogue is not None and not self.epilogues:
+        masked = isinstance(epilogue, MaskedBiasGradient) or (
+            isinstance(epilogue, ReluBias) and epilogue.mask is not None
+        )
+        if epilogue is not None and (self.epilogues == "none" or (masked and self.epilogues != "all")):
             return False
         self._prepared.add(_product(out, a, b, transpose_a, transpose_b, epilogue))
         return True

@@ -18,7 +18,7 @@ import pytest
 from nicecp.kernels import cuda_source
 
 ARCHITECTURES = [75, 80, 90, 100, 120]
-MOST_REGISTERS = 64  # with blocks of 256 threads, half of a multiprocessor's threads and more stay in flight
+MOST_REGISTERS = {"f32": 64, "f64": 80}  # so that a multiprocessor holds four or three blocks of 256 threads
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 
 
@@ -113,7 +113,7 @@ def test_nvcc_compiles_without_spilling(unit: str, architecture: int, tmp_path: 
     assert {number for found in spills for number in found} == {"0"}, done.stderr
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
     assert len(registers) == len(cuda_source.kernels(unit))
-    assert max(registers) <= MOST_REGISTERS
+    assert max(registers) <= MOST_REGISTERS[unit[-3:]]
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,9 @@ from tests.kernels.test_update import ADAM
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
 
-DEVICES = pytest.mark.parametrize("device", [{}, {"epilogues": True}], ids=["plain", "epilogues"])
+DEVICES = pytest.mark.parametrize(
+    "device", [{}, {"epilogues": "all"}, {"epilogues": "unmasked"}], ids=["plain", "epilogues", "unmasked"]
+)
 
 
 def step_of(hidden: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, **device: Any) -> tuple[Plan, Trainer]:
@@ -60,7 +63,7 @@ def test_launches_of_the_mnist_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     hidden = [(5,) * 5] * 4
     plain, _ = step_of(hidden, monkeypatch)
-    fused, _ = step_of(hidden, monkeypatch, epilogues=True)
+    fused, _ = step_of(hidden, monkeypatch, epilogues="all")
     kinds = Counter(type(call).__name__ for call in plain.calls)
     assert kinds == {"Product": 71, "BiasForward": 20, "BiasBackward": 24, "Couple": 7, "Update": 25,
                      "Coefficients": 1, "Plain": 5}  # fmt: skip
@@ -70,6 +73,8 @@ def test_launches_of_the_mnist_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fused.calls) == 109
     critical = [plan.place.count(-1) for plan in (plain, fused)]
     assert critical == [99, 59], "launches on the main stream"
+    unmasked, _ = step_of(hidden, monkeypatch, epilogues="unmasked")
+    assert (len(unmasked.calls), unmasked.place.count(-1)) == (129, 79)
     kinds = Counter(type(call.epilogue).__name__ for call in fused.calls if isinstance(call, Product))
     assert kinds == {"ReluBias": 20, "Bias": 4, "MaskedBiasGradient": 20, "BiasGradient": 4, "NoneType": 23}
 
@@ -233,7 +238,8 @@ def test_a_recorded_step_is_its_calls(situation: str, device: dict[str, Any], la
     before = recorded.results()
     plan = recorded.backend.plan(lambda: work(recorded))
     found = {type(call.epilogue) for call in plan.calls if isinstance(call, Product)} - {type(None)}
-    assert found == (epilogues if device else set())
+    offered = {"all": epilogues, "unmasked": epilogues - {MaskedBiasGradient}}
+    assert found == offered.get(device.get("epilogues", "none"), set())
     coupled = any(isinstance(call, Couple) and call.bias is not None for call in plan.calls)
     assert coupled == (into_coupling and not device)
     run = recorded.backend.record(lambda: work(recorded))
@@ -288,6 +294,27 @@ def test_only_ranges_that_adjoin_are_updated_together(ranges: list[tuple[int, in
     assert moved.tolist() == sorted(i for offset, size in ranges for i in range(offset, offset + size))
 
 
+def test_another_thread_waits_until_a_step_is_recorded() -> None:
+    """Its calls are neither recorded nor lost."""
+    device = Device(CudaBackend(EmulatedDriver()), "float64")
+    backend, x, y = device.backend, device.put(np.ones((2, 2))), device.put(np.ones((2, 2)))
+    other = threading.Thread(target=lambda: (backend.couple(y, y, y, 1), backend.fill_uniform(y, 1, 2, 3)))
+
+    def step() -> None:
+        other.start()
+        other.join(0.1)
+        backend.couple(x, x, x, 1)
+
+    run = backend.record(step)
+    other.join()
+    assert (device.get(x) == 1).all()
+    drawn = device.get(y)
+    assert (drawn < 1).all()
+    run()
+    assert (device.get(x) == 2).all()
+    np.testing.assert_array_equal(device.get(y), drawn)
+
+
 def test_one_step_at_a_time_and_no_fills_in_it() -> None:
     device = Device(CudaBackend(EmulatedDriver()), "float64")
     backend, x = device.backend, device.out(2, 2)
@@ -322,7 +349,7 @@ def test_arguments_that_a_kernel_would_run_past_are_refused() -> None:
 
 def test_bias_calls_stand_alone_without_their_products() -> None:
     """The plan joins what it finds, and leaves the rest as it is."""
-    device = Device(CudaBackend(EmulatedDriver(epilogues=True)), "float64")
+    device = Device(CudaBackend(EmulatedDriver(epilogues="all")), "float64")
     y, b = device.out(4, 3), device.out(3)
     plan = Plan(device.backend.driver, [BiasForward(y=y, b=b, relu=True), BiasBackward(dy=y, db=b, y=y, relu=True)])  # type: ignore[attr-defined]
     assert [type(call) for call in plan.calls] == [BiasForward, BiasBackward]
