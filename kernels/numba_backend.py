@@ -20,7 +20,7 @@ from nicecp.kernels._numba_tape import replay
 from nicecp.kernels.backend import ALIGNMENT, Array, Backend, Ready, Slot
 from nicecp.kernels.blas_threads import blas_threads
 from nicecp.kernels.pool import Crew
-from nicecp.kernels.tape import ANY, Op, Range, Span, Tape, span
+from nicecp.kernels.tape import ANY, Op, Range, Span, Tape, span, spans
 
 _LINE = 64  # bytes: slices of columns begin on cache lines
 _SLICED_PRODUCT = 2**21  # multiplications from which a product is cut into parts, some 0.03 ms
@@ -133,7 +133,7 @@ class NumbaBackend(Backend):
         recording = self._recording.tape
         tape = Tape() if recording is None else recording
         several = self._parts > 1 and recording is not None  # else nobody waits for anybody
-        tape.add(op, over, real, other, numbers, _spans(writes, several), _spans(reads, several), work)
+        tape.add(op, over, real, other, numbers, spans(writes, several), spans(reads, several), work)
         if recording is None:
             self.player(tape)()
 
@@ -191,9 +191,7 @@ class NumbaBackend(Backend):
         purpose: int,
     ) -> None:
         n, (m, d), given = len(x0), data.shape, min(len(index), len(rows))
-        cursor = int(state[Slot.CURSOR])
-        if (cursor + 1) * n > given:
-            raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")
+        _check_cursor(state, n, given)
         if data.dtype not in (np.uint8, np.float32, np.float64):
             raise ValueError(f"data must be uint8, float32 or float64, not {data.dtype}")
         numbers = (n, d, m, purpose, seed - 2**64 * (seed >= 2**63), data.dtype == np.float64, given)
@@ -207,6 +205,22 @@ class NumbaBackend(Backend):
 
     def join(self, x: Array, x0: Array, x1: Array) -> None:
         self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (), (x.shape[1],), (x,), (x0, x1))
+
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        n, m, k = len(out), len(source), out.shape[1] if out.ndim > 1 else 1
+        if out.shape[1:] != source.shape[1:] or not {out.dtype.name, source.dtype.name} <= {"float32", "float64"}:
+            raise ValueError(f"cannot gather {source.dtype} {source.shape} into {out.dtype} {out.shape}")
+        _check_cursor(state, n, len(index))
+        numbers = (n, k, m, len(index), out.dtype == np.float64, source.dtype == np.float64)
+        over, reads = self._cut(n, n * k, _SLICED_ROWS, 1), (source, index, state)
+        self._call(Op.GATHER, over, (), (out, *reads), numbers, (out,), reads, n * k)
+
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        (n, width), from_ = out.shape, x.shape[1]
+        if len(x) != n or min(out_start, x_start, count, width - out_start - count, from_ - x_start - count) < 0:
+            raise ValueError(f"columns {x_start}+{count}, {out_start}+{count} are not in {x.shape}, {out.shape}")
+        over, numbers = self._cut(n, n * count, _SLICED_ROWS, 1), (width, from_, out_start, x_start, count)
+        self._call(Op.COPY_COLUMNS, over, (out, x), (), numbers, (out,), (x,), n * count)
 
     # --- dense layers -----------------------------------------------------------------------------
 
@@ -377,7 +391,7 @@ class NumbaBackend(Backend):
         self._crew.run(fill, over.parts, lambda: None)
 
 
-def _spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
-    if not several:
-        return []
-    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]
+def _check_cursor(state: Array, n: int, given: int) -> None:
+    cursor = int(state[Slot.CURSOR])
+    if (cursor + 1) * n > given:
+        raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")
