@@ -1,8 +1,9 @@
 """Memory and time of a training step against depth and against batch, for every way of keeping activations.
 
 Memory: buffers of the step as the library counts them, and by how much the peak resident memory of a fresh process that
-takes steps lies above that of one that recomputes. Time: processes alternate, medians of the ratios round by round. Gradients: norm of the difference from
-those of stored activations, relative, in a flow whose networks' outputs are ``gain`` times as large as their inputs.
+takes steps lies above that of one that recomputes. Time: processes alternate, medians of the ratios round by round.
+Gradients: norm of the difference from those of stored activations, relative, in a flow whose networks' outputs are
+``gain`` times as large as their inputs.
 """
 
 from __future__ import annotations
@@ -156,9 +157,7 @@ def main() -> None:
     rows += [(options.couplings[-1], batch) for batch in (50, 800)]
     if options.quick:
         rows = [(2, 20), (6, 20)]
-    print(
-        f"D = {FEATURES}, hidden {HIDDEN}, float32, {options.law}, one thread; MiB of buffers (resident beyond recompute)"
-    )
+    print(f"D = {FEATURES}, hidden {HIDDEN}, float32, {options.law}, one thread; MiB of buffers (resident beyond)")
     results = []
     for couplings, batch in rows:
         row = measure(couplings, batch, options.law, 2 if options.quick else options.rounds)
