@@ -17,10 +17,10 @@ from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
-from nicecp.preprocessing import Dequantize, Step
+from nicecp.preprocessing import Dequantize, Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
-from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, whole_number
+from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
 from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
@@ -47,6 +47,9 @@ class NICE:
         Of the initial weights, 0 <= seed < 2**64.
     coupling : "additive", "multiplicative" or "affine", or several of these
         The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
+    partition : "odd-even", "halves" or a sequence of int
+        The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
+        and the second half of a permutation of the features' numbers.
     init : "paper" or "he"
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
@@ -67,6 +70,7 @@ class NICE:
         seed: int = 0,
         *,
         coupling: str | Sequence[str] = "additive",
+        partition: str | Sequence[int] = "odd-even",
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
         device: str = "auto",
@@ -76,7 +80,8 @@ class NICE:
         laws = coupling if isinstance(coupling, str) else tuple(coupling)
         couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
         name = "float64" if open_dtype else dtype_name(dtype)
-        spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name)
+        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
+        spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -192,8 +197,8 @@ class NICE:
         def score(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run("density", rows, score)
-        out += self._preprocessing_log_det
+        bad, log_det = self._run("density", rows, score)
+        out += log_det
         self._refuse_overflow(np.isnan(out) & ~bad, "log_prob")
         out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
         if shape == ():
@@ -211,11 +216,9 @@ class NICE:
 
         def differentiate(call: Call, at: slice) -> None:
             gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
-            for step in reversed(self.preprocessing):
-                gradient = step.backward(gradient)
-            out[at] = gradient
+            out[at] = steps_backward(self.preprocessing, gradient, np.asarray(rows[at], np.float64))
 
-        bad = self._run("gradient", rows, differentiate)
+        bad, _ = self._run("gradient", rows, differentiate)
         self._refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
         out[bad] = np.nan
         return out.reshape(*shape, self.n_features)
@@ -226,7 +229,7 @@ class NICE:
         x : (n, d) finite. For gradient checks and small fits; training runs the same network in place.
         """
         rows, _ = self._rows(x)
-        z, bad = self._to_inputs(np.asarray(rows, np.float64))
+        z, bad, log_det = self._to_inputs(np.asarray(rows, np.float64))
         if bad.any() or len(rows) == 0:
             raise ValueError("loss_and_gradients needs at least one row, all finite")
         n = rows.shape[0]
@@ -237,7 +240,7 @@ class NICE:
             self.network.forward(ws, self._views)
             self.backend.copy_in(ws.dlogp, np.full(n, -1.0 / n))
             self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
-        loss = -float(self.backend.copy_out(ws.logp).mean()) - self._preprocessing_log_det
+        loss = -float(self.backend.copy_out(ws.logp).mean()) - float(np.mean(log_det))
         return loss, self.network.layout.to_host(self.backend, flat)
 
     # --- the bijection ----------------------------------------------------------------------------
@@ -247,28 +250,29 @@ class NICE:
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
-        log_det = np.full(len(rows), self.network.log_det(self._views) + self._preprocessing_log_det)
+        log_det = np.full(len(rows), self.network.log_det(self._views))
 
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
             if call.ws.log_det is not None:
                 log_det[at] += self.backend.copy_out(call.ws.log_det)
 
-        out[self._run("latent", rows, transform)] = np.nan
-        return self._with_log_det(out, shape, log_det)
+        bad, before = self._run("latent", rows, transform)
+        out[bad] = np.nan
+        return self._with_log_det(out, shape, log_det + before)
 
     def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape = self._rows(h, integers=True)
         out = np.empty(rows.shape, np.float64)
-        log_det = np.full(len(rows), -self.network.log_det(self._views) - self._preprocessing_log_det)
+        log_det = np.full(len(rows), -self.network.log_det(self._views))
         for start in range(0, len(rows), CHUNK):
             at = slice(start, start + CHUNK)
             self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64))
         return self._with_log_det(out, shape, log_det)
 
     def _invert(self, out: FloatArray, log_det: FloatArray, h: FloatArray) -> None:
-        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings', one chunk."""
+        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings' and the steps', one chunk."""
         with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
             self._load(call.ws.h, h)
             call.run()
@@ -276,9 +280,8 @@ class NICE:
             if call.ws.log_det is not None:
                 log_det += self.backend.copy_out(call.ws.log_det)
         with np.errstate(over="ignore", invalid="ignore"):
-            for step in reversed(self.preprocessing):
-                x = step.inverse(x)
-        out[...] = x
+            out[...], before = undo_steps(self.preprocessing, x)
+        log_det += before
 
     def sample(self, n: int, rng: int | np.random.Generator | None = None) -> FloatArray:
         """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
@@ -336,20 +339,14 @@ class NICE:
             raise ValueError(f"expected an array of shape (..., {self.n_features}), got {array.shape}")
         return array.reshape(-1, self.n_features), array.shape[:-1]
 
-    @property
-    def _preprocessing_log_det(self) -> float:
-        return sum(step.log_det for step in self.preprocessing)
-
-    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Data rows -> the network's inputs, and which rows are not finite (zeroed)."""
-        z = rows
-        with np.errstate(over="ignore", invalid="ignore"):
-            for step in self.preprocessing:
-                z = step.forward(z)
+    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_], float | FloatArray]:
+        """Data rows -> the network's inputs, which rows are not finite (zeroed), and the steps' log-determinants."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            z, log_det = apply_steps(self.preprocessing, rows)
             bad = ~np.isfinite(z.astype(self.dtype, copy=False)).all(axis=1)
         if bad.any():
             z = np.where(bad[:, None], 0.0, z)
-        return z, bad
+        return z, bad, log_det
 
     def _refuse_overflow(self, rows: NDArray[np.bool_], what: str) -> None:
         """A row that is finite and comes out as NaN is a mistake somewhere; -inf would hide it."""
@@ -359,21 +356,26 @@ class NICE:
             )
 
     def _load(self, halves: Halves, z: FloatArray) -> None:
-        self.backend.copy_in(halves[0], z[:, 0::2])
-        self.backend.copy_in(halves[1], z[:, 1::2])
+        for half, columns in zip(halves, self.spec.columns, strict=True):
+            self.backend.copy_in(half, z[:, columns])
 
-    def _run(self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]) -> NDArray[np.bool_]:
-        """Preprocess rows, run passes over chunks of them and hand these over -> (n,) which rows are not finite."""
-        bad = np.empty(len(rows), np.bool_)
+    def _run(
+        self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]
+    ) -> tuple[NDArray[np.bool_], FloatArray]:
+        """Preprocess rows, run passes over chunks of them and hand these over.
+
+        -> (n,) which rows are not finite, and (n,) the preprocessing's log-determinants
+        """
+        bad, log_det = np.empty(len(rows), np.bool_), np.empty(len(rows), np.float64)
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), CHUNK):
                 at = slice(start, min(start + CHUNK, len(rows)))
-                z, bad[at] = self._to_inputs(np.asarray(rows[at], np.float64))
+                z, bad[at], log_det[at] = self._to_inputs(np.asarray(rows[at], np.float64))
                 with self._calls.borrow(kind, len(z)) as call:
                     self._load(call.ws.x, z)
                     call.run()
                     take(call, at)
-        return bad
+        return bad, log_det
 
     def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: FloatArray) -> tuple[FloatArray, Any]:
         rows = rows.reshape(*shape, self.n_features)
