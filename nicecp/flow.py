@@ -22,6 +22,7 @@ from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
 from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
 from nicecp.store import write_tree
+from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
 
@@ -121,11 +122,7 @@ class NICE:
                 "%d coupling(s): at least 3 are needed for every feature to influence every other", len(spec.couplings)
             )
         for step in preprocessing:
-            for name, values in step.arrays().items():
-                if values.shape[0] != spec.n_features:
-                    raise ValueError(
-                        f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
-                    )
+            check_step_fits(step, spec.n_features)
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
         self.backend = backend
         self.network = Network(spec, backend)

@@ -9,6 +9,7 @@ from typing import Any
 from nicecp.kernels.backend import PRIORS
 from nicecp.optimizers import AdaM, Optimizer, RMSProp, optimizer_from
 from nicecp.spec import DTYPES, LAWS, CouplingSpec, ModelSpec, alternating
+from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
 
 VALID_FRACTION = 1 / 6
@@ -38,6 +39,7 @@ class Preset:
     whiten: str = "none"
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     valid_fraction: float = VALID_FRACTION
+    transform: str = NONE
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
@@ -172,6 +174,7 @@ class Settings:
     whiten: str = "none"  # nicecp.whitening.KINDS
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
+    transform: str = NONE  # of single float columns: nicecp.transform_spec
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden, self.couplings, self.coupling)
@@ -253,6 +256,8 @@ def resolve(
     values = {name: value for name, value in given.items() if value is not None}
     if not eight_bit and "value_range" in values:
         raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if eight_bit and values.get("transform", NONE) != NONE:
+        raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -276,6 +281,7 @@ def resolve(
         window=window,
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
+        transform=NONE if eight_bit else chosen.transform,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -307,6 +313,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"regularization must be at least 0 and finite, got {settings.regularization}")
     if settings.regularization and settings.whiten not in ("zca", "gaussian"):
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
+    if settings.transform != NONE:
+        parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")

@@ -158,7 +158,9 @@ class Run:
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            events = discrete_columns_noted(splits.train)
+            choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform)
+            steps = preprocessing_for(splits.train, *choices, settings.seed, events)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
@@ -167,7 +169,7 @@ class Run:
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += discrete_columns_noted(splits.train)
+            run.trainer.record.events += events
             run._held = held.pop_all()
             return run
 

@@ -82,13 +82,13 @@ def inverse(z: FloatArray, knots: Knots) -> FloatArray:
         if side.any():
             tail, d = knots.tail[end], knots.slope[end]
             x[side] = knots.x[end] + sign * tail / d * np.expm1(sign * (z[side] - knots.z[end]) / tail)
-    return x
+    return np.asarray(x)
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 TAIL_ROWS = 20  # rows beyond the outermost knots on either side, or a twentieth of few rows
-TAILS = np.geomspace(0.05, 1.0, 14)  # c: never as straight as a line
+TAILS = np.geomspace(0.25, 1.0, 9)  # c: never as straight as a line, nor so flat that samples run away
 _STEEPNESS = np.geomspace(1 / 30, 30.0, 25)  # of a tail's first slope, relative to the last two knots'
 
 

@@ -6,6 +6,7 @@ infinite values, forward gives something that is not finite; NaN stays NaN.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,13 +62,13 @@ class ColumnStep(Step):
         if not np.all(good):
             raise ValueError(f"{self.kind}: {what}")
 
+    @abstractmethod
     def _map(self, x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """x : (n, m) -> z, log dz/dx and d log(dz/dx) / dx, all (n, m)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _undo(self, z: FloatArray) -> FloatArray:
         """z : (n, m) -> x : (n, m)."""
-        raise NotImplementedError
 
     @property
     def log_det(self) -> float:
@@ -119,8 +120,16 @@ class Recorded(ColumnStep):
         self._keep("width")
         self._refuse_unless(self.width > 0, "widths must be positive")
 
-    def log_det_rows(self, x: FloatArray) -> FloatArray:
-        return np.zeros(len(x))
+    @property
+    def log_bin(self) -> float:
+        """sum(log width): nats from a log-density of x to a bound of the log-probability of what was recorded."""
+        return float(np.log(self.width).sum())
+
+    def _map(self, x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        return x, np.zeros_like(x), np.zeros_like(x)
+
+    def _undo(self, z: FloatArray) -> FloatArray:
+        return z
 
     def forward(self, x: FloatArray) -> FloatArray:
         return x
@@ -327,3 +336,14 @@ def column_step(kind: str, arrays: Mapping[str, NDArray[Any]]) -> ColumnStep:
     make: Any = COLUMN_KINDS[kind]
     step: ColumnStep = make(**{name: arrays[name] for name in ("columns", *SHAPES[kind])})
     return step
+
+
+def check_step_fits(step: Step, n_features: int) -> None:
+    """ValueError unless a step of any kind is one for rows of so many features."""
+    if isinstance(step, ColumnStep):
+        if step.columns[-1] >= n_features:
+            raise ValueError(f"preprocessing {step.kind}: column {step.columns[-1]} is not one of {n_features}")
+        return
+    for name, values in step.arrays().items():
+        if values.shape[0] != n_features:
+            raise ValueError(f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {n_features}")
