@@ -12,7 +12,7 @@ from nicecp.kernels import _numba_layers as layers
 from nicecp.kernels._numba_columns import copy_columns, gather
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
-from nicecp.kernels._numba_random import load_bytes, load_floats
+from nicecp.kernels._numba_random import load_bytes, load_bytes_ordered, load_floats, load_floats_ordered
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 from nicecp.kernels.tape import Field, Op
@@ -40,17 +40,18 @@ def _vector(address, size, like):  # type: ignore[no-untyped-def]
     return carray(pointer(address, like), size)
 
 
+@inlined
+def _load_floats(x0, x1, weight, data, index, order, shift, scale, interleaved):  # type: ignore[no-untyped-def]
+    if interleaved:
+        load_floats(x0, x1, weight, data, index, shift, scale)
+    else:
+        load_floats_ordered(x0, x1, weight, data, index, order, shift, scale)
+
+
 @kernel
 def _load(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
-    n, d, m, purpose, seed, wide, rows_given = (
-        number[0],
-        number[1],
-        number[2],
-        number[3],
-        number[4],
-        number[5],
-        number[6],
-    )
+    n, d, m, purpose = number[0], number[1], number[2], number[3]
+    seed, wide, rows_given, interleaved = number[4], number[5], number[6], number[7] != 0
     d0, d1, size = (d + 1) // 2, d // 2, item_size(one)
     state = _vector(at[8], _STATE, _DOUBLE)
     first = np.int64(state[_CURSOR]) * n + a
@@ -61,13 +62,17 @@ def _load(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         return
     index, rows = _vector(at[4] + 8 * first, b - a, _INTEGER), _vector(at[5] + 8 * first, b - a, _INTEGER)
     shift, scale = _vector(at[6], d, _DOUBLE), _vector(at[7], d, _DOUBLE)
+    order = _vector(at[9], d, _INTEGER)  # of bytes its inverse: noise comes by the data's columns
     if code == _LOAD_BYTES:
-        epoch = np.int64(state[_EPOCH])
-        load_bytes(x0, x1, weight, _matrix(at[3], m, d, _BYTE), index, rows, shift, scale, epoch, seed, purpose)
+        epoch, data = np.int64(state[_EPOCH]), _matrix(at[3], m, d, _BYTE)
+        if interleaved:
+            load_bytes(x0, x1, weight, data, index, rows, shift, scale, epoch, seed, purpose)
+        else:
+            load_bytes_ordered(x0, x1, weight, data, index, rows, order, shift, scale, epoch, seed, purpose)
     elif wide:
-        load_floats(x0, x1, weight, _matrix(at[3], m, d, _DOUBLE), index, shift, scale)
+        _load_floats(x0, x1, weight, _matrix(at[3], m, d, _DOUBLE), index, order, shift, scale, interleaved)
     else:
-        load_floats(x0, x1, weight, _matrix(at[3], m, d, _SINGLE), index, shift, scale)
+        _load_floats(x0, x1, weight, _matrix(at[3], m, d, _SINGLE), index, order, shift, scale, interleaved)
 
 
 @kernel
@@ -133,10 +138,15 @@ def _elementwise(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         d0, d1 = (d + 1) // 2, d // 2
         x0, x1 = _matrix(at[0] + a * d0 * size, b - a, d0, one), _matrix(at[1] + a * d1 * size, b - a, d1, one)
         x = _matrix(at[2] + a * d * size, b - a, d, one)
-        if code == _SPLIT:
+        order, interleaved = _vector(at[3], d, _INTEGER), number[1] != 0
+        if code == _SPLIT and interleaved:
             layers.split(x0, x1, x)
-        else:
+        elif code == _SPLIT:
+            layers.split_ordered(x0, x1, x, order)
+        elif interleaved:
             layers.join(x, x0, x1)
+        else:
+            layers.join_ordered(x, x0, x1, order)
 
 
 @kernel

@@ -20,7 +20,7 @@ from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
-from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, whole_number
+from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
 from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
@@ -47,6 +47,9 @@ class NICE:
         Of the initial weights, 0 <= seed < 2**64.
     coupling : "additive", "multiplicative" or "affine", or several of these
         The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
+    partition : "odd-even", "halves" or a sequence of int
+        The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
+        and the second half of a permutation of the features' numbers.
     init : "paper" or "he"
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
@@ -67,6 +70,7 @@ class NICE:
         seed: int = 0,
         *,
         coupling: str | Sequence[str] = "additive",
+        partition: str | Sequence[int] = "odd-even",
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
         device: str = "auto",
@@ -76,7 +80,8 @@ class NICE:
         laws = coupling if isinstance(coupling, str) else tuple(coupling)
         couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
         name = "float64" if open_dtype else dtype_name(dtype)
-        spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name)
+        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
+        spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -359,8 +364,8 @@ class NICE:
             )
 
     def _load(self, halves: Halves, z: FloatArray) -> None:
-        self.backend.copy_in(halves[0], z[:, 0::2])
-        self.backend.copy_in(halves[1], z[:, 1::2])
+        for half, columns in zip(halves, self.spec.columns, strict=True):
+            self.backend.copy_in(half, z[:, columns])
 
     def _run(self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]) -> NDArray[np.bool_]:
         """Preprocess rows, run passes over chunks of them and hand these over -> (n,) which rows are not finite."""
