@@ -39,6 +39,8 @@ class Op:
     FACTOR_FORWARD = 16
     FACTOR_BACKWARD = 17
     ACCUMULATE = 18
+    GATHER = 19
+    COPY_COLUMNS = 20
 
 
 class Field:

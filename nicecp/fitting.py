@@ -18,6 +18,7 @@ from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.presented import presented
+from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
 from nicecp.split import Split
 from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
@@ -68,6 +69,12 @@ def preprocessing_for(
     if not standardize:
         return steps
     return (*steps, Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)))
+
+
+def preprocessing_of(settings: Settings, train: Split, events: list[Event]) -> tuple[Step, ...]:
+    """preprocessing_for, of a run's settings."""
+    choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform, settings.seed)
+    return preprocessing_for(train, *choices, events)
 
 
 def _transforms(train: Split, transform: str, events: list[Event]) -> tuple[Step, ...]:

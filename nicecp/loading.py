@@ -18,8 +18,9 @@ def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, Float
     """How rows of data become the network's inputs: by load_batch, and one matrix if a step mixes features.
 
     -> shift, scale : (d,) float64 for load_batch (see kernels/backend.py), and the matrix A : (d, d) with z = A x for
-    what load_batch gives, or None. All steps are affine (transforms of single columns come before: nicecp.presented): with a matrix, load_batch subtracts the point that they map to
-    zero, so that the product is one of small numbers.
+    what load_batch gives, or None. All steps are affine
+    (transforms of single columns come before: nicecp.presented): with a matrix, load_batch subtracts the point that
+    they map to zero, so that the product is one of small numbers.
 
     Raises ValueError for a dequantization that is not the first step.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.errors import DataError, about_file
+from nicecp.flow import NICE
 from nicecp.kernels.philox import random_words
 from nicecp.preprocessing import Step, apply_steps
 from nicecp.sources import Source, column_label
@@ -47,6 +48,7 @@ class _Rows:
         self.name, self.n_rows, self.info = source.name, source.n_rows, source.info
         self.dtype: np.dtype[Any] = np.dtype(np.float64)
         self.is_image8 = False
+        self.context, self.context_names, self.weight = source.context, source.context_names, source.weight
 
     def _raw(self, start: int, stop: int) -> FloatArray:
         """Rows start..stop-1 : (stop - start, d) float64, what was recorded in steps with its noise."""
@@ -116,3 +118,15 @@ def mean_log_det(split: Split, steps: tuple[Step, ...], seed: int) -> float:
         return 0.0
     total = sum(float(dets.load_blocks(np.arange(block, block + 1))[0].sum()) for block in range(dets.n_blocks))
     return total / len(split)
+
+
+def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:
+    """The flow from the space after its last step that is not affine, and rows x : (n, d) as they are there."""
+    past = 1 + max((k for k, step in enumerate(flow.preprocessing) if not step.affine), default=-1)
+    if not past:
+        return flow, x
+    z = apply_steps(flow.preprocessing[:past], x)[0]
+    if not np.isfinite(z).all():
+        raise ValueError("a row lies outside the support of the flow's transforms")
+    after = flow.preprocessing[past:]
+    return NICE.from_spec(flow.spec, flow.parameters(), after, flow.info, backend=flow.backend), z

@@ -16,7 +16,7 @@ from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import Evaluation, evaluate
-from nicecp.fitting import preprocessing_for
+from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
 from nicecp.kernels.backend import Slot
@@ -159,8 +159,7 @@ class Run:
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
             events = discrete_columns_noted(splits.train)
-            choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform)
-            steps = preprocessing_for(splits.train, *choices, settings.seed, events)
+            steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend

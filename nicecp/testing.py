@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nicecp.coupling import apply_law
 from nicecp.flow import NICE
+from nicecp.preprocessing import apply_steps
+from nicecp.presented import past_transforms
 from nicecp.records import Parameters
 from nicecp.spec import ModelSpec
 
@@ -118,6 +120,7 @@ def check_gradients(
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
+    flow, rows = past_transforms(flow, rows)
     check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
     exact = _in_float64(flow, flow.parameters())
     if flow.spec.dtype == "float32":
@@ -337,9 +340,7 @@ def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
 
 def _to_inputs(flow: NICE, x: Floats) -> Floats:
     """Data space to the flow's input space."""
-    for step in flow.preprocessing:
-        x = step.forward(x)
-    return x
+    return apply_steps(flow.preprocessing, x)[0]
 
 
 def _from_inputs(flow: NICE, vectors: Floats) -> Floats:

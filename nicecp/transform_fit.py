@@ -1,4 +1,4 @@
-"""Column transforms fitted to training rows: what was asked for, or what ``auto`` chooses, with the reasons in words."""
+"""Column transforms fitted to training rows: what was asked for, or what ``auto`` chooses, and why, in words."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def quantile_knots(values: FloatArray) -> spline.Knots:
 
 
 def emptiest(values: FloatArray, period: float) -> float:
-    """Where a period should begin: the middle of the widest gap between angles within the emptiest part of the circle."""
+    """Where a period should begin: in the middle of the widest gap between angles in the emptiest part of it."""
     angle = np.sort(np.mod(values, period))
     bins = max(8, min(64, len(angle) // 20))
     counts = np.bincount(np.minimum((angle / period * bins).astype(np.int64), bins - 1), minlength=bins)

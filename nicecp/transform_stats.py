@@ -27,8 +27,8 @@ class Column:
     """What a column is like.
 
     tail: Hill's estimate of the index a of tails that fall as |x|^-a. step: the power of ten that all values are
-    multiples of, 0 if there is none to be seen. atom: the value that fills atom_share of the rows where that is far more
-    than its neighbours (else the share is 0). distance: of the distribution function to a normal one.
+    multiples of, 0 if there is none to be seen. atom: the value that fills atom_share of the rows where that is far
+    more than its neighbours (else the share is 0). distance: of the distribution function to a normal one.
     """
 
     rows: int
@@ -116,7 +116,7 @@ def recorded_step(different: FloatArray, dtype: DTypeLike) -> float:
     largest = float(np.abs(different).max(initial=0.0))
     if len(different) < 3 or largest == 0:
         return 0.0
-    for exponent in range(int(math.floor(math.log10(largest))), -16, -1):
+    for exponent in range(math.floor(math.log10(largest)), -16, -1):
         step = 10.0**exponent
         if step < 8.0 * float(rounding.max()):
             return 0.0
