@@ -20,6 +20,7 @@ from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
 from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
+from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
 
@@ -122,11 +123,7 @@ class NICE(Density):
                 "%d coupling(s): at least 3 are needed for every feature to influence every other", len(spec.couplings)
             )
         for step in preprocessing:
-            for name, values in step.arrays().items():
-                if values.shape[0] != spec.n_features:
-                    raise ValueError(
-                        f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
-                    )
+            check_step_fits(step, spec.n_features)
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
         self.backend = backend
         self.network = Network(spec, backend)

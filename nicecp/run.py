@@ -14,7 +14,7 @@ from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
-from nicecp.fitting import preprocessing_for
+from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
 from nicecp.kernels.backend import Slot
@@ -129,7 +129,8 @@ class Run:
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            events = discrete_columns_noted(splits.train)
+            steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
@@ -138,7 +139,7 @@ class Run:
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += discrete_columns_noted(splits.train)
+            run.trainer.record.events += events
             run._held = held.pop_all()
             return run
 
