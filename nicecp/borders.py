@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nicecp.preprocessing import Dequantize, Step
+from nicecp.preprocessing import Dequantize, Step, apply_steps
 from nicecp.spec import whole_number
 
 Floats = NDArray[np.float64]
@@ -59,16 +59,17 @@ def seed_of(rng: Any) -> int:
     return seed
 
 
-def to_inputs(rows: Floats, steps: Sequence[Step], dtype: DTypeLike) -> tuple[Floats, NDArray[np.bool_]]:
-    """Data rows (n, d) -> the network's inputs, and which rows are not finite in ``dtype`` (zeroed)."""
-    z = rows
-    with np.errstate(over="ignore", invalid="ignore"):
-        for step in steps:
-            z = step.forward(z)
+def to_inputs(
+    rows: Floats, steps: Sequence[Step], dtype: DTypeLike
+) -> tuple[Floats, NDArray[np.bool_], float | Floats]:
+    """Data rows (n, d) -> the network's inputs, which of them are not finite in ``dtype`` (zeroed), and the steps'
+    log-determinants."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        z, log_det = apply_steps(steps, rows)
         bad = ~np.isfinite(z.astype(dtype, copy=False)).all(axis=1)
     if bad.any():
         z = np.where(bad[:, None], 0.0, z)
-    return z, bad
+    return z, bad, log_det
 
 
 def settle(out: Floats, rows: NDArray[Any], bad: NDArray[np.bool_], what: str, floor: float | None) -> None:

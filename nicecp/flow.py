@@ -18,7 +18,7 @@ from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose, Slot
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
-from nicecp.preprocessing import Step
+from nicecp.preprocessing import Step, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
 from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
 
@@ -224,8 +224,8 @@ class NICE(Density):
         def score(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run("density", rows, given, score)
-        out += self._preprocessing_log_det
+        bad, log_det = self._run("density", rows, given, score)
+        out += log_det
         settle(out, rows, bad, "log_prob", floor)
         if shape == ():
             return float(out[0])
@@ -240,13 +240,12 @@ class NICE(Density):
 
         def differentiate(call: Call, at: slice) -> None:
             gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
-            for step in reversed(self.preprocessing):
-                gradient = step.backward(gradient)
-            out[at], log_prob[at] = gradient, self.backend.copy_out(call.ws.logp)
+            out[at] = steps_backward(self.preprocessing, gradient, np.asarray(rows[at], np.float64))
+            log_prob[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run("gradient", rows, given, differentiate)
+        bad, log_det = self._run("gradient", rows, given, differentiate)
         refuse_overflow(~np.isfinite(out).all(axis=1) & ~bad, "grad_log_prob")
-        log_prob += self._preprocessing_log_det
+        log_prob += log_det
         settle(log_prob, rows, bad, "log_prob", floor)
         out[bad] = np.nan
         return float(log_prob[0]) if shape == () else log_prob.reshape(shape), out.reshape(*shape, self.n_features)
@@ -267,7 +266,7 @@ class NICE(Density):
         checks and small fits; training runs the same network in place.
         """
         rows, _, given = self._rows(x, context)
-        z, bad = to_inputs(np.asarray(rows, np.float64), self.preprocessing, self.dtype)
+        z, bad, log_det = to_inputs(np.asarray(rows, np.float64), self.preprocessing, self.dtype)
         if bad.any() or len(rows) == 0 or (given is not None and np.isnan(given).any()):
             raise ValueError("loss_and_gradients needs at least one row, all finite")
         n, backend = len(z), self.backend
@@ -280,7 +279,8 @@ class NICE(Density):
             self.network.forward(ws, self._views)
             backend.loss(state, ws.dlogp, ws.logp, ws.weight)
             self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
-        loss = float(backend.copy_out(state)[Slot.LOSS]) - self._preprocessing_log_det
+        before = np.average(np.broadcast_to(log_det, (n,)), weights=backend.copy_out(ws.weight))
+        loss = float(backend.copy_out(state)[Slot.LOSS]) - float(before)
         return loss, self.network.layout.to_host(backend, flat)
 
     # --- the bijection ----------------------------------------------------------------------------
@@ -290,21 +290,22 @@ class NICE(Density):
         rows, shape, given = self._rows(x, context)
         out = np.empty(rows.shape, np.float64)
 
-        log_det = np.full(len(rows), self.network.log_det(self._views) + self._preprocessing_log_det)
+        log_det = np.full(len(rows), self.network.log_det(self._views))
 
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
             if call.ws.log_det is not None:
                 log_det[at] += self.backend.copy_out(call.ws.log_det)
 
-        out[self._run("latent", rows, given, transform)] = np.nan
-        return with_log_det(out, shape, log_det)
+        bad, before = self._run("latent", rows, given, transform)
+        out[bad] = np.nan
+        return with_log_det(out, shape, log_det + before)
 
     def inverse(self, h: ArrayLike, context: ArrayLike | None = None) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape, given = self._rows(h, context, integers=True)
         out = np.empty(rows.shape, np.float64)
-        log_det = np.full(len(rows), -self.network.log_det(self._views) - self._preprocessing_log_det)
+        log_det = np.full(len(rows), -self.network.log_det(self._views))
         for start in range(0, len(rows), CHUNK):
             at = slice(start, start + CHUNK)
             self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64), given, at)
@@ -313,7 +314,7 @@ class NICE(Density):
     def _invert(
         self, out: FloatArray, log_det: FloatArray, h: FloatArray, context: NDArray[Any] | None, at: slice
     ) -> None:
-        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings', one chunk."""
+        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings' and the steps', one chunk."""
         with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
             self._load(call.ws.h, h)
             call.ws.load_context(self.backend, context, at)
@@ -322,9 +323,8 @@ class NICE(Density):
             if call.ws.log_det is not None:
                 log_det += self.backend.copy_out(call.ws.log_det)
         with np.errstate(over="ignore", invalid="ignore"):
-            for step in reversed(self.preprocessing):
-                x = step.inverse(x)
-        out[...] = x
+            out[...], before = undo_steps(self.preprocessing, x)
+        log_det += before
 
     def sample(
         self,
@@ -363,29 +363,29 @@ class NICE(Density):
         rows, shape, given = paired(rows, shape, context_of(context, self.context))
         return rows, shape, seen(given, self.context, self.dtype)
 
-    @property
-    def _preprocessing_log_det(self) -> float:
-        return sum(step.log_det for step in self.preprocessing)
-
     def _load(self, halves: Halves, z: FloatArray) -> None:
         for half, columns in zip(halves, self.spec.columns, strict=True):
             self.backend.copy_in(half, z[:, columns])
 
     def _run(
         self, kind: str, rows: NDArray[Any], context: NDArray[Any] | None, take: Callable[[Call, slice], None]
-    ) -> NDArray[np.bool_]:
-        """Preprocess rows, run passes over chunks of them and hand these over -> (n,) which rows are not finite."""
-        bad = np.empty(len(rows), np.bool_)
+    ) -> tuple[NDArray[np.bool_], FloatArray]:
+        """Preprocess rows, run passes over chunks of them and hand these over.
+
+        -> (n,) which rows are not finite, and (n,) the preprocessing's log-determinants
+        """
+        bad, log_det = np.empty(len(rows), np.bool_), np.empty(len(rows), np.float64)
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), CHUNK):
                 at = slice(start, min(start + CHUNK, len(rows)))
-                z, bad[at] = to_inputs(np.asarray(rows[at], np.float64), self.preprocessing, self.dtype)
+                row = np.asarray(rows[at], np.float64)
+                z, bad[at], log_det[at] = to_inputs(row, self.preprocessing, self.dtype)
                 with self._calls.borrow(kind, len(z)) as call:
                     self._load(call.ws.x, z)
                     bad[at] |= call.ws.load_context(self.backend, context, at)
                     call.run()
                     take(call, at)
-        return bad
+        return bad, log_det
 
 
 def _rebuild(arguments: tuple[Any, ...], keywords: dict[str, Any], dtype_is_open: bool) -> NICE:

@@ -36,7 +36,7 @@ def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, Float
         return shift, scale, None
     zero, matrix = np.zeros((1, n_features)), np.eye(n_features)
     for step in reversed(steps):
-        zero, matrix = step.inverse(zero), step.backward(matrix)
+        zero, matrix = step.inverse(zero), step.backward(matrix, matrix)
     return (shift - zero[0] if eight_bit else shift + zero[0]), scale, matrix
 
 
