@@ -45,6 +45,11 @@ class Context:
         """Mean 0 and std 1: of a flow that has not met data."""
         return cls(np.zeros(k), np.ones(k), None if names is None else tuple(names))
 
+    @property
+    def fresh(self) -> bool:
+        """Whether it is that of a flow that has not met data."""
+        return not self.mean.any() and bool((self.std == 1).all())
+
     def __len__(self) -> int:
         return len(self.mean)
 
