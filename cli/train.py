@@ -160,6 +160,14 @@ def _number_options(function: Any) -> Any:
 @click.option(
     "--allow-constant", is_flag=True, help="Accept constant float columns (the likelihood is then unbounded)."
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["store", "halves", "recompute"]),
+    show_default="store",
+    help="What a step keeps for its backward pass. halves: what couplings read and change; networks are computed "
+    "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
+    "with depth; checked every epoch.",
+)
 @machine_options
 @click.option(
     "--checkpoint-every",
@@ -274,7 +282,10 @@ _NAMES = (
     "partition",
 )
 _OPTIONS["order"] = "--partition-file"
-_OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization")}
+_OPTIONS |= {
+    name: "--" + name.replace("_", "-")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations")
+}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",

@@ -72,6 +72,7 @@ def fit(
     allow_constant: bool = False,
     whiten: str = "none",
     regularization: float = 0.0,
+    activations: str = "store",
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
@@ -95,6 +96,8 @@ def fit(
         loss and all means are weighted, and the rows that validate hold ``valid_fraction`` of the weight.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
+    activations : "store", "halves" or "recompute"
+        What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
     callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
@@ -117,7 +120,7 @@ def fit(
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
-    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
+    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
     spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
