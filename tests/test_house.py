@@ -23,7 +23,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.kernels",),
     (
         "nicecp.spec",
+        "nicecp.context",
         "nicecp.preprocessing",
+        "nicecp.spline",
+        "nicecp.transforms",
         "nicecp.records",
         "nicecp.probe",
         "nicecp.files",
@@ -37,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.calls",
         "nicecp.optimizers",
     ),
+    ("nicecp.borders", "nicecp.density"),  # what a flow is made with
     ("nicecp.flow",),
     ("nicecp.*",),  # training and tools: every module that is not named elsewhere
     ("nicecp",),  # nicecp/__init__.py: what users import
