@@ -11,7 +11,7 @@ from tests.emulated import build
 from tests.emulated.driver import EmulatedDriver
 from tests.kernels.checks import Device, assert_close, new_state
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 SCHEDULES = pytest.mark.parametrize("schedule", [0, 1])

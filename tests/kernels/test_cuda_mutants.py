@@ -18,7 +18,7 @@ from tests.kernels import checks, test_contract, test_philox, test_update
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed"),
+    pytest.mark.skipif(build.compiler() is None, reason=build.MISSING),
 ]
 
 Gate = Callable[[Any], None]

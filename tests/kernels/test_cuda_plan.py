@@ -36,7 +36,7 @@ from tests.emulated.driver import EmulatedDriver
 from tests.kernels.checks import Device, new_state
 from tests.kernels.test_update import ADAM
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 DEVICES = pytest.mark.parametrize(
     "device", [{}, {"epilogues": "all"}, {"epilogues": "unmasked"}], ids=["plain", "epilogues", "unmasked"]
