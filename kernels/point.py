@@ -70,12 +70,10 @@ class Program:
         self.rows.append(row + [0] * (PointField.SIZE - len(row)))
         self.arrays += arrays
 
-    def finish(self) -> NDArray[np.int64]:
-        """(words,) int64.  Compiles what carries it out, or takes that from the cache on disk."""
-        from nicecp.kernels._numba_point import core_address
-
+    def finish(self, core: int) -> NDArray[np.int64]:
+        """(words,) int64.  core : address of the compiled function that carries it out."""
         head = np.zeros(PointField.HEADER, np.int64)
-        head[PointField.CORE] = core_address(self.dtype.name)
+        head[PointField.CORE] = core
         head[PointField.ROWS], head[PointField.SCRATCH] = len(self.rows), self.scratch
         head[PointField.FEATURES], head[PointField.CONTEXT] = self.features, self.context
         head[PointField.LOG_DET :][:1] = np.array([self.log_det]).view(np.int64)
@@ -85,7 +83,7 @@ class Program:
 class PointModel:
     """A finished program and the arrays that it points to; compiled code may hold its address."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, core: int) -> None:
         self.arrays = program.arrays
         self.features, self.context = program.features, program.context
-        self.program = program.finish()
+        self.program = program.finish(core)

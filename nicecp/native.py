@@ -99,8 +99,10 @@ class Snapshot(PointModel):
     """The log-density of a flow with the weights that it had: later training does not reach it."""
 
     def __init__(self, spec: ModelSpec, flat: NDArray[Any], steps: Sequence[Step]) -> None:
+        from nicecp.kernels._numba_point import core_address
+
         self._made_of = spec, aligned_copy(flat), tuple(steps)
-        super().__init__(point_program(spec, Layout(spec).views(self._made_of[1]), steps))
+        super().__init__(point_program(spec, Layout(spec).views(self._made_of[1]), steps), core_address(spec.dtype))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, self._made_of
@@ -119,9 +121,9 @@ class Points:
     """A flow's log-density at a few points, with the weights that it has at the moment."""
 
     def __init__(self, spec: ModelSpec, views: Views, steps: Sequence[Step]) -> None:
-        from nicecp.kernels._numba_point import score_rows
+        from nicecp.kernels._numba_point import core_address, score_rows
 
-        self._model = PointModel(point_program(spec, views, steps))
+        self._model = PointModel(point_program(spec, views, steps), core_address(spec.dtype))
         self._score_rows: Any = score_rows
         self._context = np.empty((0, 0))
 
