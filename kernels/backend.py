@@ -164,6 +164,21 @@ class Backend(ABC):
     def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
 
+    @abstractmethod
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        """out[i] = source[index[cursor * n + i]], cast to out's dtype, and 0 where that index is negative.
+
+        out : (n,) or (n, k) float64 or the flow's dtype; source : (m,) or (m, k) float32 or float64; index : as of
+        load_batch; state : CURSOR is read. So a batch gets what belongs to its rows: context, weights.
+        """
+
+    @abstractmethod
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        """out[:, out_start:out_start+count] = x[:, x_start:x_start+count]; out, x : (n, ·), two arrays, one dtype.
+
+        The other columns of out stay as they are.
+        """
+
     # --- dense layers -----------------------------------------------------------------------------
 
     @abstractmethod
