@@ -194,7 +194,7 @@ def _values(flow: NICE, split: Split, seed: int, epoch: int) -> FloatArray:
             host[Slot.EPOCH], host[Slot.CURSOR] = epoch, i
             backend.copy_in(state, host)
             loader.load(ws, data, index, rows, state, seed, split.purpose)
-            backend.join(x, *ws.x)
+            backend.join(x, *ws.x, bare.network.order)
             part = out[done : done + n]
             part[...] = backend.copy_out(x)[: len(part)]
             done += len(part)

@@ -41,17 +41,17 @@ class Call:
 
     def _latent(self) -> None:
         self._density()
-        self._network.backend.join(self.out, *self.ws.h)
+        self._network.backend.join(self.out, *self.ws.h, self._network.order)
 
     def _inverse(self) -> None:
         self._network.inverse(self.ws, self._views)
-        self._network.backend.join(self.out, *self.ws.x)
+        self._network.backend.join(self.out, *self.ws.x, self._network.order)
 
     def _gradient(self) -> None:
         self._density()
         self._network.backward(self.ws, self._views, None, want_dx=True)
         assert self.ws.dx is not None
-        self._network.backend.join(self.out, *self.ws.dx)
+        self._network.backend.join(self.out, *self.ws.dx, self._network.order)
 
 
 class Calls:

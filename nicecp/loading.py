@@ -48,7 +48,7 @@ class Loader:
 
     def __init__(self, flow: NICE, n: int) -> None:
         backend, d = flow.backend, flow.n_features
-        self._backend = backend
+        self._backend, self._order = backend, flow.network.order
         shift, scale, matrix = loading(flow.preprocessing, d)
         self._shift, self._scale = backend.asarray(shift), backend.asarray(scale)
         self._matrix: Array | None = None
@@ -63,8 +63,9 @@ class Loader:
     ) -> None:
         """ws.x and ws.weight from the batch that state's CURSOR names; arguments as of the backend's load_batch."""
         backend = self._backend
-        backend.load_batch(*ws.x, ws.weight, data, index, rows, self._shift, self._scale, state, seed, purpose)
+        order = self._order
+        backend.load_batch(*ws.x, ws.weight, data, index, rows, order, self._shift, self._scale, state, seed, purpose)
         if self._matrix is not None:
-            backend.join(self._x, *ws.x)
+            backend.join(self._x, *ws.x, order)
             backend.dense_forward(self._z, self._x, self._matrix, self._bias, False)
-            backend.split(*ws.x, self._z)
+            backend.split(*ws.x, self._z, order)

@@ -72,6 +72,7 @@ class Network:
     def __init__(self, spec: ModelSpec, backend: Backend) -> None:
         self.spec, self.backend = spec, backend
         self.layout = Layout(spec)
+        self.order: Array = backend.asarray(spec.column_order)  # (d,) int64: which data columns are in which part
         self.prior = PRIORS[spec.prior]
         self.couplings = [COUPLINGS[coupling.law](coupling) for coupling in spec.couplings]
 

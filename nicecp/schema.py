@@ -205,6 +205,8 @@ def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[
         scalars = _STEPS[step.kind][0]
         tree.attrs[group] = {"kind": step.kind, **{key: scalars[key](value) for key, value in step.attrs().items()}}
         tree.arrays.update({f"{group}/{key}": np.asarray(array, np.float64) for key, array in step.arrays().items()})
+    if spec.order is not None:
+        tree.arrays["/model/order"] = np.array(spec.order, np.int64)
     tree.attrs["/data"] = {"fingerprint": info.fingerprint}
     if info.image_shape is not None:
         tree.arrays["/data/image_shape"] = np.array(info.image_shape, np.int64)
@@ -265,7 +267,10 @@ def _read_spec(reader: Reader) -> ModelSpec:
             raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
         hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
         couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden))
-    arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition)
+    order = None
+    if partition == "permutation":
+        order = tuple(reader.array("/model/order", "int64", (n_features,)).tolist())
+    arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition, order)
     spec: ModelSpec = _built(reader, "/model", ModelSpec, *arguments)
     return spec
 

@@ -352,7 +352,7 @@ def _from_inputs(flow: NICE, vectors: Floats) -> Floats:
 
 def _hidden(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
     """Every hidden layer's name and values before the ReLU : (n, h)."""
-    parts = [z[:, 0::2], z[:, 1::2]]
+    parts = [z[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
         y = parts[coupling.conditions_on]
         for j in range(len(coupling.hidden) + 1):
