@@ -167,4 +167,5 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     def sample(self, n_samples: int = 1, random_state: Seed = None) -> FloatArray:
         """Draw rows from the fitted density -> (n_samples, d) float64."""
         check_is_fitted(self)
-        return self.flow_.sample(n_samples, int(check_random_state(random_state).randint(2**31 - 1)))
+        drawn: FloatArray = self.flow_.sample(n_samples, int(check_random_state(random_state).randint(2**31 - 1)))
+        return drawn
