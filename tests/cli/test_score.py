@@ -1,4 +1,4 @@
-"""`nicecp score`: its file is opened again and compared with the flow's own numbers, its figures are read as pictures."""
+"""`nicecp score`: its file is opened again and compared with the flow itself, its figures are read as pictures."""
 
 from __future__ import annotations
 
