@@ -17,9 +17,10 @@ from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
-from nicecp.preprocessing import Step
+from nicecp.preprocessing import Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
-from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
+from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
 
@@ -34,10 +35,11 @@ class NICE(Density):
     ----------
     n_features : int
         d, at least 2.
-    hidden : sequence of int
+    hidden : sequence of int, or a sequence of these for each coupling
         Hidden layer sizes of every coupling's ReLU network; the output layer is linear.
     n_couplings : int
-        At least 1. Below 3 not every feature can influence every other (section 3.3): a warning is logged.
+        At least 1, by default 4 or as many as ``hidden`` has sequences. Below 3 not every feature can influence every
+        other (section 3.3): a warning is logged.
     prior : "logistic" or "gaussian"
     dtype : "auto", "float32" or "float64"
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
@@ -61,8 +63,8 @@ class NICE(Density):
     def __init__(
         self,
         n_features: int,
-        hidden: Sequence[int] = (1000,) * 5,
-        n_couplings: int = 4,
+        hidden: Sequence[int] | Sequence[Sequence[int]] = (1000,) * 5,
+        n_couplings: int | None = None,
         prior: str = "logistic",
         dtype: DTypeLike = "auto",
         seed: int = 0,
@@ -76,7 +78,9 @@ class NICE(Density):
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
         laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
+        sizes = hidden_sizes(hidden)
+        count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
+        couplings = alternating(sizes, count, laws)
         name = "float64" if open_dtype else dtype_name(dtype)
         d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
         spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)
@@ -119,11 +123,7 @@ class NICE(Density):
                 "%d coupling(s): at least 3 are needed for every feature to influence every other", len(spec.couplings)
             )
         for step in preprocessing:
-            for name, values in step.arrays().items():
-                if values.shape[0] != spec.n_features:
-                    raise ValueError(
-                        f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
-                    )
+            check_step_fits(step, spec.n_features)
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
         self.backend = backend
         self.network = Network(spec, backend)
@@ -194,8 +194,8 @@ class NICE(Density):
         def score(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run("density", rows, score)
-        out += self._preprocessing_log_det
+        bad, log_det = self._run("density", rows, score)
+        out += log_det
         self._settle(out, rows, bad, "log_prob", floor)
         if shape == ():
             return float(out[0])
@@ -211,13 +211,12 @@ class NICE(Density):
 
         def differentiate(call: Call, at: slice) -> None:
             gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
-            for step in reversed(self.preprocessing):
-                gradient = step.backward(gradient)
-            out[at], log_prob[at] = gradient, self.backend.copy_out(call.ws.logp)
+            out[at] = steps_backward(self.preprocessing, gradient, np.asarray(rows[at], np.float64))
+            log_prob[at] = self.backend.copy_out(call.ws.logp)
 
-        bad = self._run("gradient", rows, differentiate)
+        bad, log_det = self._run("gradient", rows, differentiate)
         refuse_overflow(~np.isfinite(out).all(axis=1) & ~bad, "grad_log_prob")
-        log_prob += self._preprocessing_log_det
+        log_prob += log_det
         self._settle(log_prob, rows, bad, "log_prob", floor)
         out[bad] = np.nan
         return float(log_prob[0]) if shape == () else log_prob.reshape(shape), out.reshape(*shape, self.n_features)
@@ -235,7 +234,7 @@ class NICE(Density):
         x : (n, d) finite. For gradient checks and small fits; training runs the same network in place.
         """
         rows, _ = self._rows(x)
-        z, bad = self._to_inputs(np.asarray(rows, np.float64))
+        z, bad, log_det = self._to_inputs(np.asarray(rows, np.float64))
         if bad.any() or len(rows) == 0:
             raise ValueError("loss_and_gradients needs at least one row, all finite")
         n = rows.shape[0]
@@ -246,7 +245,7 @@ class NICE(Density):
             self.network.forward(ws, self._views)
             self.backend.copy_in(ws.dlogp, np.full(n, -1.0 / n))
             self.network.backward(ws, self._views, self.network.layout.views(flat), want_dx=False)
-        loss = -float(self.backend.copy_out(ws.logp).mean()) - self._preprocessing_log_det
+        loss = -float(self.backend.copy_out(ws.logp).mean()) - float(np.mean(log_det))
         return loss, self.network.layout.to_host(self.backend, flat)
 
     # --- the bijection ----------------------------------------------------------------------------
@@ -256,28 +255,29 @@ class NICE(Density):
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
-        log_det = np.full(len(rows), self.network.log_det(self._views) + self._preprocessing_log_det)
+        log_det = np.full(len(rows), self.network.log_det(self._views))
 
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
             if call.ws.log_det is not None:
                 log_det[at] += self.backend.copy_out(call.ws.log_det)
 
-        out[self._run("latent", rows, transform)] = np.nan
-        return self._with_log_det(out, shape, log_det)
+        bad, before = self._run("latent", rows, transform)
+        out[bad] = np.nan
+        return self._with_log_det(out, shape, log_det + before)
 
     def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape = self._rows(h, integers=True)
         out = np.empty(rows.shape, np.float64)
-        log_det = np.full(len(rows), -self.network.log_det(self._views) - self._preprocessing_log_det)
+        log_det = np.full(len(rows), -self.network.log_det(self._views))
         for start in range(0, len(rows), CHUNK):
             at = slice(start, start + CHUNK)
             self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64))
         return self._with_log_det(out, shape, log_det)
 
     def _invert(self, out: FloatArray, log_det: FloatArray, h: FloatArray) -> None:
-        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings', one chunk."""
+        """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings' and the steps', one chunk."""
         with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
             self._load(call.ws.h, h)
             call.run()
@@ -285,9 +285,8 @@ class NICE(Density):
             if call.ws.log_det is not None:
                 log_det += self.backend.copy_out(call.ws.log_det)
         with np.errstate(over="ignore", invalid="ignore"):
-            for step in reversed(self.preprocessing):
-                x = step.inverse(x)
-        out[...] = x
+            out[...], before = undo_steps(self.preprocessing, x)
+        log_det += before
 
     def sample(
         self,
@@ -334,37 +333,36 @@ class NICE(Density):
         if floor is not None:
             np.maximum(out, floor, out=out)
 
-    @property
-    def _preprocessing_log_det(self) -> float:
-        return sum(step.log_det for step in self.preprocessing)
-
-    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Data rows -> the network's inputs, and which rows are not finite (zeroed)."""
-        z = rows
-        with np.errstate(over="ignore", invalid="ignore"):
-            for step in self.preprocessing:
-                z = step.forward(z)
+    def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_], float | FloatArray]:
+        """Data rows -> the network's inputs, which rows are not finite (zeroed), and the steps' log-determinants."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            z, log_det = apply_steps(self.preprocessing, rows)
             bad = ~np.isfinite(z.astype(self.dtype, copy=False)).all(axis=1)
         if bad.any():
             z = np.where(bad[:, None], 0.0, z)
-        return z, bad
+        return z, bad, log_det
 
     def _load(self, halves: Halves, z: FloatArray) -> None:
         for half, columns in zip(halves, self.spec.columns, strict=True):
             self.backend.copy_in(half, z[:, columns])
 
-    def _run(self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]) -> NDArray[np.bool_]:
-        """Preprocess rows, run passes over chunks of them and hand these over -> (n,) which rows are not finite."""
-        bad = np.empty(len(rows), np.bool_)
+    def _run(
+        self, kind: str, rows: NDArray[Any], take: Callable[[Call, slice], None]
+    ) -> tuple[NDArray[np.bool_], FloatArray]:
+        """Preprocess rows, run passes over chunks of them and hand these over.
+
+        -> (n,) which rows are not finite, and (n,) the preprocessing's log-determinants
+        """
+        bad, log_det = np.empty(len(rows), np.bool_), np.empty(len(rows), np.float64)
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), CHUNK):
                 at = slice(start, min(start + CHUNK, len(rows)))
-                z, bad[at] = self._to_inputs(np.asarray(rows[at], np.float64))
+                z, bad[at], log_det[at] = self._to_inputs(np.asarray(rows[at], np.float64))
                 with self._calls.borrow(kind, len(z)) as call:
                     self._load(call.ws.x, z)
                     call.run()
                     take(call, at)
-        return bad
+        return bad, log_det
 
     def _with_log_det(self, rows: FloatArray, shape: tuple[int, ...], log_det: FloatArray) -> tuple[FloatArray, Any]:
         rows = rows.reshape(*shape, self.n_features)

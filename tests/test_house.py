@@ -24,6 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "nicecp.spec",
         "nicecp.preprocessing",
+        "nicecp.spline",
+        "nicecp.transforms",
         "nicecp.records",
         "nicecp.probe",
         "nicecp.files",
