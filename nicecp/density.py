@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nicecp.borders import as_rows
 from nicecp.kernels import get_backend
-from nicecp.kernels.backend import Backend
+from nicecp.kernels.backend import Array, Backend
+from nicecp.native import CFunction, Snapshot
 from nicecp.preprocessing import Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import SECTIONS, Reader, model_tree, read_model
@@ -33,6 +34,8 @@ class Density(ABC):
     spec: ModelSpec
     preprocessing: tuple[Step, ...]
     info: DataInfo
+    backend: Backend
+    flat: Array
 
     @classmethod
     @abstractmethod
@@ -121,6 +124,33 @@ class Density(ABC):
 
             h = ndtri(level)
         return self.inverse(h.reshape(*shape, self.dim))[0]
+
+    # --- for compiled code ------------------------------------------------------------------------
+
+    def njit_log_prob(self, floor: float | None = None) -> Any:
+        """log_prob as a Numba function of one point, x : (d,) float64 -> float, for Python and your own ``@njit`` code.
+
+        A flow with a context takes it second. The function has its own copy of the weights: later training does not
+        reach it. It releases the GIL, may be pickled, and raises as log_prob does; floor is that of log_prob. Functions
+        that call it are not kept in Numba's cache on disk, since they hold an address of this process.
+
+        Raises ValueError for a step of preprocessing that has no compiled form.
+        """
+        from nicecp.kernels._numba_call import point_function
+
+        return point_function(self._snapshot(), -np.inf if floor is None else float(floor))
+
+    def cfunc(self, floor: float | None = None, *, exponentiate: bool = False) -> CFunction:
+        """log_prob of one point as a C function, see nicecp.native.CFunction: ``.address``, ``.low_level_callable()``.
+
+        exponentiate : the density itself instead of its logarithm, which is what one integrates.
+
+        Raises ValueError for a step of preprocessing that has no compiled form.
+        """
+        return CFunction(self._snapshot(), -np.inf if floor is None else float(floor), exponentiate)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing)
 
     # --- files ------------------------------------------------------------------------------------
 

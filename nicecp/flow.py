@@ -15,6 +15,7 @@ from nicecp.calls import Call, Calls
 from nicecp.density import Density
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
+from nicecp.native import Points, has_compiled_form
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, apply_steps, steps_backward, undo_steps
@@ -25,6 +26,7 @@ from nicecp.transforms import check_step_fits
 logger = logging.getLogger("nicecp")
 
 CHUNK = 1024  # rows at a time: bounds what a call needs beside its result; activations stay in cache
+FEW = 2**19  # weights to multiply with, of all rows together, up to which each row is scored on its own
 FloatArray = NDArray[np.float64]
 
 
@@ -130,6 +132,8 @@ class NICE(Density):
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
+        self._few = FEW // spec.n_parameters if backend.device == "cpu" and has_compiled_form(preprocessing) else 0
+        self._points: Points | None = None
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -189,6 +193,18 @@ class NICE(Density):
         """
         self._refuse_context(context)
         rows, shape = self._rows(x)
+        if len(rows) <= self._few:
+            if self._points is None:
+                self._points = Points(self.spec, self._views, self.preprocessing)
+            out = self._points.log_prob(rows, floor)
+        else:
+            out = self._log_prob_in_chunks(rows, floor)
+        if shape == ():
+            return float(out[0])
+        return out.reshape(shape).astype(dtype, copy=False)
+
+    def _log_prob_in_chunks(self, rows: NDArray[Any], floor: float | None) -> FloatArray:
+        """rows : (n, d) -> (n,)."""
         out = np.empty(len(rows), np.float64)
 
         def score(call: Call, at: slice) -> None:
@@ -197,9 +213,7 @@ class NICE(Density):
         bad, log_det = self._run("density", rows, score)
         out += log_det
         self._settle(out, rows, bad, "log_prob", floor)
-        if shape == ():
-            return float(out[0])
-        return out.reshape(shape).astype(dtype, copy=False)
+        return out
 
     def log_prob_and_grad(
         self, x: ArrayLike, context: None = None, *, floor: float | None = None

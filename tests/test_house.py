@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.calls",
         "nicecp.optimizers",
     ),
-    ("nicecp.borders", "nicecp.density"),  # what a flow is made with
+    ("nicecp.borders", "nicecp.density", "nicecp.native"),  # what a flow is made with
     ("nicecp.flow",),
     ("nicecp.*",),  # training and tools: every module that is not named elsewhere
     ("nicecp",),  # nicecp/__init__.py: what users import
