@@ -20,7 +20,7 @@ from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
-from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, spec_of, whole_number
 from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
@@ -78,13 +78,8 @@ class NICE:
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        sizes = hidden_sizes(hidden)
-        count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
-        couplings = alternating(sizes, count, laws)
-        name = "float64" if open_dtype else dtype_name(dtype)
-        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
-        spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)
+        name = "float64" if open_dtype else dtype
+        spec = spec_of(n_features, hidden, n_couplings, prior, name, coupling, partition)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 

@@ -48,6 +48,7 @@ class Settings:
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
+    logit: float | None = None  # the margin of a logit step
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
@@ -55,6 +56,11 @@ class Settings:
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
         return ModelSpec(n_features, couplings, self.prior, self.dtype, partition=partition, order=order)
+
+    @property
+    def preprocessing(self) -> tuple[tuple[float, float], bool, bool, float | None]:
+        """What nicecp.fitting.preprocessing_for takes beside the data."""
+        return self.value_range, self.standardize, self.allow_constant, self.logit
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -130,8 +136,15 @@ def resolve(
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)}")
     values = {name: value for name, value in given.items() if value is not None}
-    if not eight_bit and "value_range" in values:
-        raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if not eight_bit and "value_range" in values and "logit" not in values:
+        problem = (
+            "a value range (--range) is for 8-bit data, or for floats with a logit (--logit), and these are floats"
+        )
+        raise ValueError(f"{problem}: leave it out")
+    if not eight_bit and "logit" in values and "value_range" not in values:
+        raise ValueError("a logit of floats needs the interval in which they lie (--range LO,HI, value_range=)")
+    if eight_bit and values.get("logit") == 0:
+        raise ValueError("logit must be above 0 for 8-bit data, in which the ends of their range occur")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -192,6 +205,10 @@ def check(settings: Settings) -> None:
         raise ValueError(f"an order belongs to the partition 'permutation' and to no other, got {settings.partition!r}")
     if settings.order is not None and len(settings.order) > MAX_COLUMNS:
         raise ValueError(f"an order may have at most {MAX_COLUMNS} columns, got {len(settings.order)}")
+    if settings.logit is not None and not 0 <= settings.logit < 0.5:
+        raise ValueError(f"logit must be a margin of at least 0 and below 0.5, got {settings.logit}")
+    if settings.logit is not None and settings.whiten == "approximate":
+        raise ValueError("whiten must be zca or gaussian behind a logit, whose closed form approximate would learn")
     if settings.whiten not in KINDS:
         raise ValueError(f"whiten must be one of {', '.join(KINDS)}, got {settings.whiten!r}")
     if not 0 <= settings.regularization < float("inf"):

@@ -159,7 +159,7 @@ class Run:
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            steps = preprocessing_for(splits.train, *settings.preprocessing)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend

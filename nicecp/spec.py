@@ -223,3 +223,20 @@ def alternating(
 def by_coupling(hidden: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
     """The sizes of each coupling, where a tuple of them is given for each one; empty for sizes that all share."""
     return hidden if hidden and all(isinstance(sizes, tuple) for sizes in hidden) else ()
+
+
+def spec_of(
+    n_features: Any,
+    hidden: Iterable[Any],
+    n_couplings: Any,
+    prior: str,
+    dtype: DTypeLike,
+    coupling: str | Iterable[str],
+    partition: Any,
+) -> ModelSpec:
+    """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
+    sizes = hidden_sizes(hidden)
+    count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
+    couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling))
+    name, (parted, order) = dtype_name(dtype), partition_of(partition)
+    return ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name, partition=parted, order=order)
