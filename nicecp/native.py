@@ -57,15 +57,19 @@ _STEPS: dict[str, Callable[[Program, int, Any], int]] = {
 }
 
 
-def has_compiled_form(steps: Sequence[Step]) -> bool:
-    return all(step.kind in _STEPS for step in steps)
+def has_compiled_form(spec: ModelSpec, steps: Sequence[Step]) -> bool:
+    """Whether point_program takes them: couplings, networks and steps that are written in Python alone have none."""
+    return not spec.registered and all(step.kind in _STEPS for step in steps)
 
 
 def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Program:
     """The log-density of a flow with the weights that these views show whenever it is carried out.
 
-    Raises ValueError for a step of preprocessing that has no compiled form.
+    Raises ValueError for a step of preprocessing, a coupling or a network that has no compiled form.
     """
+    if spec.registered:
+        names = ", ".join(repr(name) for name in spec.registered)
+        raise ValueError(f"{names} are written in Python and have no compiled form: use log_prob")
     parts, context = spec.part_sizes, spec.n_context
     program = Program(spec.n_features, context, spec.dtype)
     at = program.x
