@@ -31,6 +31,8 @@ EXAMPLES = """\
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
   nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
+  nicecp train --data table.h5 --transform auto --out table-run.h5
+  nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   nicecp train --data chain.h5 --weights w --out posterior.h5          (MCMC, nested sampling)
   nicecp train --data table.h5 --context mass,age --out given.h5       (p(other columns | mass, age))
@@ -158,6 +160,14 @@ def _number_options(function: Any) -> Any:
     type=click.FloatRange(0),
     show_default="0",
     help="Added to the variances that zca and gaussian whitening divide by.",
+)
+@click.option(
+    "--transform",
+    metavar="KIND|COLUMN=KIND,...",
+    show_default=PRESET,
+    help="Transforms of single float columns, before standardisation: none; auto, which says what it chose and why; or "
+    "for each column standardize, log(LOW), logit(LOW:HIGH), student, quantile, angle(PERIOD) or recorded(STEP), "
+    "several joined by +; COLUMN is a name, a number from 0, or * for all others (docs/tables.md).",
 )
 @click.option("--no-standardize", is_flag=True, help="Use float columns as they are.")
 @click.option(
@@ -292,7 +302,7 @@ _NAMES = (
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations", "transform")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

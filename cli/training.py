@@ -67,6 +67,7 @@ def beginning(run: Run) -> list[str]:
         f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
         f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}",
     ]
+    lines += [f"column {event.message}" for event in run.trainer.record.events if event.kind == "transform"]
     if run.resumed:
         lines.append(f"resumed after {_position(run)} of the next")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from nicecp.kernels.backend import Array, Slot
 from nicecp.loading import Loader
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
-from nicecp.split import SequentialReader, Split
+from nicecp.presented import log_dets, presented
+from nicecp.split import SequentialReader, Split, Window
 
 BATCH = 1000  # rows
 FloatArray = NDArray[np.float64]
@@ -73,6 +75,29 @@ def check_kind(flow: NICE, split: Split) -> None:
         )
 
 
+class PresentedRows:
+    """A split's rows as batches for a flow, and what transforms of single columns add to each row's log-density."""
+
+    def __init__(self, steps: tuple[Step, ...], split: Split) -> None:
+        self._steps, self._split = steps, split
+        self._seed = -1  # of the noise in the readers
+        self._readers: tuple[SequentialReader, SequentialReader | None] | None = None
+
+    def windows(self, seed: int, batch_size: int) -> Iterator[tuple[Window, FloatArray | None]]:
+        """Windows of batches in file order, and (rows,) log-determinants of each one's rows, None if all are 0."""
+        if self._readers is None or seed != self._seed:
+            dets = log_dets(self._split, self._steps, seed)
+            rows = SequentialReader(presented(self._split, self._steps, seed), batch_size)
+            self._seed, self._readers = seed, (rows, None if dets is None else SequentialReader(dets, batch_size))
+        rows, own = self._readers
+        if own is None:
+            for window in rows:
+                yield window, None
+            return
+        for window, values in zip(rows, own, strict=True):
+            yield window, values.data[values.index[values.index >= 0], 0]
+
+
 class Evaluator:
     """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch."""
 
@@ -81,10 +106,10 @@ class Evaluator:
         if len(split) == 0:
             raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
         self.flow, self.split, backend = flow, split, flow.backend
-        self._reader = SequentialReader(split, min(batch_size, len(split)))
-        self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
+        self._batch, self._rows = min(batch_size, len(split)), PresentedRows(flow.preprocessing, split)
+        self._ws = flow.network.workspace(self._batch, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
-        self._loader = Loader(flow, self._reader.batch_size)
+        self._loader = Loader(flow, self._batch)
         self._extras = Extras(flow, split.source)
         self._weights = split.weights
 
@@ -93,7 +118,7 @@ class Evaluator:
         backend, ws = self.flow.backend, self._ws
         out = np.empty(len(self.split), np.float64)
         offset, done = log_det(self.flow.preprocessing), 0
-        for window in self._reader:
+        for window, own in self._rows.windows(seed, self._batch):
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
 
@@ -110,6 +135,8 @@ class Evaluator:
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
+            if own is not None:
+                out[done - len(own) : done] += own
         return out
 
     def _at(self, epoch: int, batch: int) -> None:

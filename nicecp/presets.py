@@ -12,6 +12,7 @@ from nicecp.optimizers import Optimizer, optimizer_from
 from nicecp.partition import MAX_COLUMNS, random_order
 from nicecp.preset_table import RANGE, choose
 from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
+from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
 
 INITS = ("paper", "he")
@@ -51,6 +52,7 @@ class Settings:
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
     activations: str = "store"
+    transform: str = NONE  # of single float columns: nicecp.transform_spec
 
     def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
@@ -138,6 +140,8 @@ def resolve(
     values = {name: value for name, value in given.items() if value is not None}
     if not eight_bit and "value_range" in values:
         raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if eight_bit and values.get("transform", NONE) != NONE:
+        raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -162,6 +166,7 @@ def resolve(
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
         partition=chosen.partition,
+        transform=NONE if eight_bit else chosen.transform,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -206,6 +211,8 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    if settings.transform != NONE:
+        parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")

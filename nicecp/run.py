@@ -16,7 +16,7 @@ from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.extras import fit_context, weights_noted
-from nicecp.fitting import preprocessing_for
+from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
 from nicecp.kernels.backend import Slot
@@ -131,7 +131,8 @@ class Run:
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, threads)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            events = discrete_columns_noted(splits.train)
+            steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
@@ -143,8 +144,7 @@ class Run:
                 spec, None, steps, info, settings.seed, context=context, init=settings.init, backend=backend
             )
             run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += discrete_columns_noted(splits.train)
-            run.trainer.record.events += weights_noted(splits.train, spec.n_parameters)
+            run.trainer.record.events += events + weights_noted(splits.train, spec.n_parameters)
             run._held = held.pop_all()
             return run
 

@@ -20,6 +20,7 @@ from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
 from nicecp.spec import DTYPES, CouplingSpec, ModelSpec
 from nicecp.store import Attribute, Tree, newer, strings
+from nicecp.transforms import COLUMN_KINDS, INTEGERS, SHAPES, column_step
 
 FORMAT = "nicecp"
 FORMAT_VERSION = 1
@@ -209,9 +210,10 @@ def model_tree(
     tree.attrs["/preprocessing"] = {}
     for number, step in enumerate(preprocessing):
         group = f"/preprocessing/{number}"
-        scalars = _STEPS[step.kind][0]
+        scalars = {} if step.kind in COLUMN_KINDS else _STEPS[step.kind][0]
         tree.attrs[group] = {"kind": step.kind, **{key: scalars[key](value) for key, value in step.attrs().items()}}
-        tree.arrays.update({f"{group}/{key}": np.asarray(array, np.float64) for key, array in step.arrays().items()})
+        forms = {key: np.int64 if key in INTEGERS else np.float64 for key in step.arrays()}
+        tree.arrays.update({f"{group}/{key}": np.asarray(array, forms[key]) for key, array in step.arrays().items()})
     if spec.order is not None:
         tree.arrays["/model/order"] = np.array(spec.order, np.int64)
     tree.attrs["/data"] = {"fingerprint": info.fingerprint}
@@ -327,12 +329,29 @@ def _read_preprocessing(reader: Reader, n_features: int) -> tuple[Step, ...]:
     steps = []
     for number in range(count):
         group = f"/preprocessing/{number}"
-        kind = reader.text(group, "kind", _STEPS)
+        kind = reader.text(group, "kind", (*_STEPS, *COLUMN_KINDS))
+        if kind in COLUMN_KINDS:
+            steps.append(_read_column_step(reader, group, kind, n_features))
+            continue
         scalars, arrays = _STEPS[kind]
         attrs = {key: reader.attr(group, key, form) for key, form in scalars.items()}
         values = {key: reader.array(f"{group}/{key}", "float64", (n_features,) * rank) for key, rank in arrays.items()}
         steps.append(_built(reader, group, step_from, kind, attrs, values))
     return tuple(steps)
+
+
+def _read_column_step(reader: Reader, group: str, kind: str, n_features: int) -> Step:
+    """A transform of single columns: m of them, and arrays of m, (m, 2) or as many as all knots."""
+    columns = reader.array(f"{group}/columns", "int64", (None,))
+    m = len(columns)
+    if m and not 0 <= columns.min() <= columns.max() < n_features:
+        raise reader.refuse(f"{group}/columns", f"has numbers outside 0..{n_features - 1}")
+    values: dict[str, NDArray[Any]] = {"columns": columns}
+    shapes: dict[str, tuple[int | None, ...]] = {"m": (m,), "m2": (m, 2), "knots": (None,)}
+    for key, form in SHAPES[kind].items():
+        values[key] = reader.array(f"{group}/{key}", "int64" if key in INTEGERS else "float64", shapes[form])
+    step: Step = _built(reader, group, column_step, kind, values)
+    return step
 
 
 def _read_data(reader: Reader, n_features: int) -> DataInfo:

@@ -19,6 +19,7 @@ from nicecp.loading import Loader
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
+from nicecp.presented import mean_log_det, presented
 from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
@@ -113,7 +114,8 @@ class Trainer:
         check_fits(flow, train)
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
-        self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
+        rows = presented(train, flow.preprocessing, config.seed)
+        self.reader = EpochReader(rows, config.batch_size, config.seed, max(config.window, config.batch_size))
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
@@ -145,6 +147,8 @@ class Trainer:
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
         self._recovery = Recovery(self)
+        # Of all rows; an epoch leaves out less than a batch of them.
+        self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -281,7 +285,7 @@ class Trainer:
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss
         if state[Slot.WEIGHT_SUM]:
-            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
+            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + self.offset
         valid = math.nan
         if self._evaluator is not None:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
