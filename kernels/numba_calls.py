@@ -16,7 +16,7 @@ from nicecp.kernels._numba_tape import replay
 from nicecp.kernels.backend import ALIGNMENT, Array, Backend
 from nicecp.kernels.blas_threads import blas_threads
 from nicecp.kernels.pool import Crew
-from nicecp.kernels.tape import Range, Span, Tape, span
+from nicecp.kernels.tape import Range, Span, Tape, spans
 
 _CREW_WORK = 2**25  # multiplications in several parts from which a tape is worth waking other threads
 
@@ -114,7 +114,7 @@ class NumbaCalls(Backend):
         recording = self._recording.tape
         tape = Tape() if recording is None else recording
         several = self._parts > 1 and recording is not None  # else nobody waits for anybody
-        tape.add(op, over, real, other, numbers, _spans(writes, several), _spans(reads, several), work)
+        tape.add(op, over, real, other, numbers, spans(writes, several), spans(reads, several), work)
         if recording is None:
             self.player(tape)()
 
@@ -154,9 +154,3 @@ class NumbaCalls(Backend):
         later, self._recording.later = self._recording.later, ()
         for call in later:
             call()
-
-
-def _spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
-    if not several:
-        return []
-    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]

@@ -19,7 +19,7 @@ from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
-from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
 from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
@@ -35,10 +35,11 @@ class NICE(Density):
     ----------
     n_features : int
         d, at least 2.
-    hidden : sequence of int
+    hidden : sequence of int, or a sequence of these for each coupling
         Hidden layer sizes of every coupling's ReLU network; the output layer is linear.
     n_couplings : int
-        At least 1. Below 3 not every feature can influence every other (section 3.3): a warning is logged.
+        At least 1, by default 4 or as many as ``hidden`` has sequences. Below 3 not every feature can influence every
+        other (section 3.3): a warning is logged.
     prior : "logistic" or "gaussian"
     dtype : "auto", "float32" or "float64"
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
@@ -62,8 +63,8 @@ class NICE(Density):
     def __init__(
         self,
         n_features: int,
-        hidden: Sequence[int] = (1000,) * 5,
-        n_couplings: int = 4,
+        hidden: Sequence[int] | Sequence[Sequence[int]] = (1000,) * 5,
+        n_couplings: int | None = None,
         prior: str = "logistic",
         dtype: DTypeLike = "auto",
         seed: int = 0,
@@ -77,7 +78,9 @@ class NICE(Density):
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
         laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
+        sizes = hidden_sizes(hidden)
+        count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
+        couplings = alternating(sizes, count, laws)
         name = "float64" if open_dtype else dtype_name(dtype)
         d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
         spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)

@@ -328,7 +328,7 @@ def _rms(values: Floats) -> float:
 
 
 def _require(condition: bool, message: str) -> None:
-    if not condition:  # an assertion that python -O keeps
+    if not condition:  # also under python -O
         raise AssertionError(message)
 
 
@@ -339,7 +339,6 @@ def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
 
 
 def _to_inputs(flow: NICE, x: Floats) -> Floats:
-    """Data space to the flow's input space."""
     return apply_steps(flow.preprocessing, x)[0]
 
 
