@@ -170,6 +170,14 @@ def _number_options(function: Any) -> Any:
 @click.option(
     "--allow-constant", is_flag=True, help="Accept constant float columns (the likelihood is then unbounded)."
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["store", "halves", "recompute"]),
+    show_default="store",
+    help="What a step keeps for its backward pass. halves: what couplings read and change; networks are computed "
+    "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
+    "with depth; checked every epoch.",
+)
 @machine_options
 @click.option(
     "--checkpoint-every",
@@ -286,7 +294,8 @@ _NAMES = (
 )
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
-    name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "transform")
+    name: "--" + name.replace("_", "-")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

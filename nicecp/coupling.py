@@ -21,9 +21,9 @@ from nicecp.spec import CouplingSpec
 class Buffers:
     """What one coupling reads and writes for n rows.
 
-    x, y : (n, d_t) the half that it changes, before and after (one array without keep); condition : (n, d_c); ys : the
-    network's layer outputs, m last; dys : gradients by all of them, the last one None where it is y's; log_det : (n,)
-    float64, or None while all couplings preserve volume; first : whether log_det is begun here.
+    x, y : (n, d_t) the half that it changes, before and after (one array where it is changed in place); condition :
+    (n, d_c); ys : the network's layer outputs, m last; dys : gradients by all of them, the last one None where it is
+    y's; log_det : (n,) float64, or None while all couplings preserve volume; first : whether log_det is begun here.
     """
 
     x: Array
@@ -37,6 +37,8 @@ class Buffers:
 
 class Coupling(ABC):
     """A law: what to do with the network's output m. Forward, backward below it, inverse."""
+
+    reads_m = True  # whether backward needs x and m
 
     def __init__(self, spec: CouplingSpec) -> None:
         self.conditions_on = spec.conditions_on
@@ -70,6 +72,11 @@ class Coupling(ABC):
         mlp_forward(backend, at.ys, at.condition, layers)
         self.apply(backend, at, -1)
 
+    def refill(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+        """at.ys as after forward, as far as backward reads them, from at.condition and with the same bits."""
+        read = len(layers) if self.reads_m else len(layers) - 1
+        mlp_forward(backend, at.ys[:read], at.condition, layers[:read], linear=len(layers) - 1)
+
     @abstractmethod
     def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
         """The law with m = at.ys[-1]: x -> y for sign 1, y -> x for -1."""
@@ -81,6 +88,8 @@ class Coupling(ABC):
 
 class AdditiveCoupling(Coupling):
     """y_t = x_t + m(x_c), y_c = x_c: the Jacobian's determinant is 1."""
+
+    reads_m = False
 
     def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
         source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)

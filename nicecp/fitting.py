@@ -105,6 +105,7 @@ def fit(
     transform: str = NONE,
     whiten: str = "none",
     regularization: float = 0.0,
+    activations: str = "store",
     callbacks: Callbacks = (),
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
@@ -123,6 +124,8 @@ def fit(
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
+    activations : "store", "halves" or "recompute"
+        What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
     callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
@@ -145,7 +148,7 @@ def fit(
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
-    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
+    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
     with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nicecp.kernels.backend import PRIORS
+from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
 from nicecp.partition import MAX_COLUMNS, random_order
 from nicecp.preset_table import RANGE, choose
@@ -24,7 +25,8 @@ class Settings:
     patience: epochs without a better validation log-likelihood before stopping. value_range: of dequantized 8-bit
     data. window: rows shuffled together. whiten, regularization: see nicecp.whitening. hidden_by_coupling: hidden
     layers of each coupling, where they differ (``hidden`` is then empty), else None. partition: of ModelSpec, or
-    "random", a permutation from the seed; order: that of "permutation".
+    "random", a permutation from the seed; order: that of "permutation". activations: what is kept for the backward pass
+    (nicecp.network.ACTIVATIONS).
     """
 
     preset: str
@@ -50,6 +52,7 @@ class Settings:
     transform: str = NONE  # of single float columns: nicecp.transform_spec
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
+    activations: str = "store"
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
@@ -97,6 +100,9 @@ class Settings:
                 raise TypeError(f"{field.name} should be {field.type}, is {value!r}")
         return settings
 
+
+# Settings that may be given anew when a run goes on.
+CHANGEABLE = ("epochs", "patience", "activations")
 
 # Names under which a run's caller may give settings; None means "as the preset or the data say".
 NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
@@ -205,6 +211,8 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.transform != NONE:
         parse(settings.transform)
+    if settings.activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
@@ -225,9 +233,9 @@ def contradiction(
 ) -> str:
     """The first setting given that differs from a run's own, as 'name is X in the run, Y was asked for', or ''.
 
-    epochs and patience may differ: a run can be extended.
+    Those of CHANGEABLE may differ: a run can be extended, and its memory changes no result but its last bits.
     """
-    values = {name: value for name, value in given.items() if value is not None and name not in ("epochs", "patience")}
+    values = {name: value for name, value in given.items() if value is not None and name not in CHANGEABLE}
     if values.get("dtype") == "auto":
         del values["dtype"]
     if preset != "auto":

@@ -15,9 +15,11 @@ from nicecp.evaluate import Evaluator, check_fits, log_det
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
+from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
 from nicecp.presented import mean_log_det, presented
+from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
@@ -32,7 +34,10 @@ UPDATE_BY_LAYER = 2**17
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping."""
+    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
+
+    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS.
+    """
 
     epochs: int = 100
     batch_size: int = 200
@@ -40,8 +45,11 @@ class TrainConfig:
     patience: int | None = None
     seed: int = 0
     window: int = SHUFFLE_WINDOW
+    activations: str = "store"
 
     def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "seed"):
             whole_number(getattr(self, name), name)
         if self.patience is not None:
@@ -126,7 +134,7 @@ class Trainer:
         backend.copy_in(self.state, host)
         self.best[...] = self.p
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
-        self._ws = network.workspace(config.batch_size, keep=True)
+        self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
         self._loader = Loader(flow, config.batch_size)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
         # Steps read these two arrays at every window, so that a recorded step stays valid.
@@ -157,6 +165,13 @@ class Trainer:
         if not by_layer:
             self._update(Range(0, self.network.layout.size))
         backend.advance(self.state)
+
+    def _check(self) -> None:
+        """Before the first step of an epoch: can its batch be recomputed from what the flow makes of it?"""
+        if self.config.activations == "recompute":
+            seed = self.config.seed
+            self._loader.load(self._ws, self._data, self._index, self._rows, self.state, seed, Purpose.TRAIN_NOISE)
+            check_reconstruction(self.network, self._ws, self.views, self.record.epoch + 1)
 
     def step(self) -> None:
         """One training step on the next batch; begins and ends epochs' windows as needed, without validation."""
@@ -216,7 +231,8 @@ class Trainer:
         Raises
         ------
         TrainingError
-            The loss is not finite again and again (nicecp.recovery), or every epoch's validation.
+            The loss is not finite again and again (nicecp.recovery), or every epoch's validation; or activations
+            cannot be recomputed (nicecp.reconstruction).
         """
         self._stop = False
         # An overflow shows in the loss: the step is skipped, counted and reported.
@@ -240,8 +256,10 @@ class Trainer:
         started = time.perf_counter()
         if self.position == 0:
             self._begin_epoch()
-        for window in self.reader.epoch(self.record.epoch + 1, self.position):
+        for count, window in enumerate(self.reader.epoch(self.record.epoch + 1, self.position)):
             self._open(window)
+            if count == 0:
+                self._check()
             while self._batches_left:
                 self._next_batch()
                 self._recovery.after_step(self._batches_left == 0)
