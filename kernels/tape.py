@@ -83,6 +83,13 @@ def span(array: Array, part: int = ANY) -> Span:
     return address, address + array.nbytes, part
 
 
+def spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
+    """Of all that a call touches; of nothing unless there are several threads."""
+    if not several:
+        return []
+    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]
+
+
 @dataclass
 class Tape:
     """Calls in order. ``arrays`` keeps alive what they point to."""
