@@ -290,12 +290,11 @@ _NAMES = (
     "preset",
     "optimizer",
     "partition",
-    "transform",
 )
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations", "transform")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -49,8 +49,7 @@ def progress_of(trainer: Trainer, rows_done: int, rows_per_second: float) -> Pro
     state = trainer.backend.copy_out(trainer.state)
     weight = float(state[Slot.WEIGHT_SUM])
     last = trainer.record.history[-1] if trainer.record.history else None
-    offset = sum(step.log_det for step in trainer.flow.preprocessing)
-    train = float(state[Slot.LOG_PROB_SUM]) / weight + offset if weight else math.nan
+    train = float(state[Slot.LOG_PROB_SUM]) / weight + trainer.offset if weight else math.nan
     epochs = trainer.config.epochs
     total = epochs * trainer.reader.n_batches * trainer.config.batch_size
     left = max(total - rows_done, 0)

@@ -36,6 +36,7 @@ class Preset:
     valid_fraction: float = VALID_FRACTION
     transform: str = NONE
     partition: str = "odd-even"
+    transform: str = NONE
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)

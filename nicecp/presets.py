@@ -49,10 +49,10 @@ class Settings:
     whiten: str = "none"  # nicecp.whitening.KINDS
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
-    transform: str = NONE  # of single float columns: nicecp.transform_spec
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
     activations: str = "store"
+    transform: str = NONE  # of single float columns: nicecp.transform_spec
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
@@ -165,8 +165,8 @@ def resolve(
         window=window,
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
-        transform=NONE if eight_bit else chosen.transform,
         partition=chosen.partition,
+        transform=NONE if eight_bit else chosen.transform,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -209,10 +209,10 @@ def check(settings: Settings) -> None:
         raise ValueError(f"regularization must be at least 0 and finite, got {settings.regularization}")
     if settings.regularization and settings.whiten not in ("zca", "gaussian"):
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
-    if settings.transform != NONE:
-        parse(settings.transform)
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    if settings.transform != NONE:
+        parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")

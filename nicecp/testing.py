@@ -127,7 +127,7 @@ def check_gradients(
         _compare_precisions(flow, exact, rows)
         flow = exact
     _check_point(flow, exact, rows, check, must_resolve=False)
-    drawn = _in_float64(flow, _drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
+    drawn = _in_float64(flow, _drawn_parameters(flow.spec, apply_steps(flow.preprocessing, rows)[0], check.rng))
     _check_point(drawn, drawn, rows, check, must_resolve=True)
     log_det_error = _check_log_det(drawn, rows[0], step)
     return GradientReport(len(rows), check.directions, check.left_out, check.worst, check.error, log_det_error)
@@ -232,7 +232,7 @@ def _differences(
     whatever happens in between. Where they are not, it says nothing about the derivative, and the row is tried again
     with a tenth of the step. That depends on the units alone, never on how well gradients and differences agree.
     """
-    parameters, z = exact.parameters(), _to_inputs(exact, x)
+    parameters, z = exact.parameters(), apply_steps(exact.preprocessing, x)[0]
     on = _units_on(exact.spec, parameters, z)
     out, steps = np.zeros((x.shape[0], len(directions))), np.zeros((x.shape[0], len(directions)))
     moved = _in_float64(exact, parameters)
@@ -247,7 +247,7 @@ def _differences(
                 else:
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
-                use &= (_units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
+                use &= (_units_on(exact.spec, values, apply_steps(exact.preprocessing, at)[0]) == on).all(axis=1)
                 difference += weight * np.asarray(moved.log_prob(at)) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
@@ -291,7 +291,7 @@ def _input_directions(exact: NICE, check: _Check) -> Iterator[_Direction]:
 
 def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
-    margin = _margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
+    margin = _margins(exact.spec, exact.parameters(), apply_steps(exact.preprocessing, x)[0])
     rows = x[margin > SINGLE_MARGIN] if (margin > SINGLE_MARGIN).any() else x[[int(np.argmax(margin))]]
     pairs = {INPUT: (flow.grad_log_prob(rows), exact.grad_log_prob(rows))}
     single, double = flow.loss_and_gradients(rows)[1], exact.loss_and_gradients(rows)[1]
@@ -328,7 +328,7 @@ def _rms(values: Floats) -> float:
 
 
 def _require(condition: bool, message: str) -> None:
-    if not condition:  # also under python -O
+    if not condition:  # an assertion that python -O keeps
         raise AssertionError(message)
 
 
@@ -336,10 +336,6 @@ def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
     double = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
     spec = replace(flow.spec, dtype="float64")
     return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, backend=flow.backend)
-
-
-def _to_inputs(flow: NICE, x: Floats) -> Floats:
-    return apply_steps(flow.preprocessing, x)[0]
 
 
 def _from_inputs(flow: NICE, vectors: Floats) -> Floats:

@@ -146,7 +146,7 @@ class Trainer:
         self._runnable: Callable[[], None] | None = None
         self._recovery = Recovery(self)
         # Of all rows; an epoch leaves out less than a batch of them.
-        self._offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
+        self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class Trainer:
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss
         if state[Slot.WEIGHT_SUM]:
-            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + self._offset
+            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + self.offset
         valid = math.nan
         if self._evaluator is not None:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
