@@ -34,7 +34,6 @@ class Preset:
     whiten: str = "none"
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     valid_fraction: float = VALID_FRACTION
-    transform: str = NONE
     partition: str = "odd-even"
     transform: str = NONE
 
