@@ -144,6 +144,8 @@ def entry(path: str, dataset: h5py.Dataset) -> Entry:
     try:
         raw, label = element_kind(dataset)
         shape = dataset.shape or ()
+        if len(shape) == 1 and dataset.id.get_type().get_class() == h5py.h5t.COMPOUND:
+            return Entry(path, f"compound table {shape}", 2, "")  # nicecp.table_files
         problem = "" if raw is not None and len(shape) >= 2 else "not numeric" if raw is None else "rank below 2"
         return Entry(path, f"{label} {shape}", len(shape), problem)
     except HDF5_ERRORS as error:
@@ -251,6 +253,11 @@ class HDF5Source:
     @property
     def is_image8(self) -> bool:
         return self.dtype == np.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dataset."""
+        return self._layout.shape
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop-1 : (stop - start, d), a new array."""

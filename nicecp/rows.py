@@ -1,4 +1,4 @@
-"""Which rows and columns of a dataset are used: chosen columns, a range of rows, and the steps of a chain."""
+"""Which rows and columns of data are used: chosen columns, a range of rows, and the steps of a chain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import DataSpec, beside, is_dataset
 from nicecp.errors import DataError, about_file
 from nicecp.records import DataInfo
 from nicecp.sources import Source, check_range, check_size, fingerprint
@@ -23,13 +24,66 @@ def row_range(text: str) -> tuple[int, int | None]:
     return start, stop
 
 
+def open_rows(path: str, name: str, spec: Any, training: bool) -> Source:
+    """What ``name`` is in a file, as a source, less what a DataSpec leaves out, with its context and weights.
+
+    training : whether these are the rows that ``select``, ``burn`` and ``thin`` are about: the training rows, or those
+        that were named; the columns are of all. Raises DataError.
+    """
+    from nicecp.table_files import open_table
+
+    return chosen(open_table(path, name, _wanted(spec)), spec, training)
+
+
+def _wanted(spec: Any) -> tuple[str, ...] | None:
+    """Names of the features, and of columns that are context or weights, which need not be named twice."""
+    if not isinstance(spec, DataSpec) or spec.columns is None:
+        return None
+    wanted = named_columns(spec.columns)
+    others = [given for given in (spec.context, spec.weights) if isinstance(given, str) and not is_dataset(given)]
+    more = [column for given in others for column in named_columns(given)]
+    return (*wanted, *dict.fromkeys(column for column in more if column not in wanted))
+
+
+def chosen(source: Source, spec: Any, training: bool = True) -> Source:
+    """A source less what a DataSpec leaves out of it, with its context and weights; see open_rows."""
+    if not isinstance(spec, DataSpec):
+        return source
+    wanted = _wanted(spec)
+    try:
+        if training and (spec.burn is not None or spec.thin is not None):
+            shape = getattr(source, "shape", (source.n_rows, source.n_features))
+            source = Chain(source, shape, int(spec.burn or 0), int(spec.thin or 1))
+        if wanted is not None and source.info.columns != wanted:
+            source = Chosen(source, numbers_of(wanted, source), names=wanted)
+    except BaseException:
+        source.close()
+        raise
+    source = beside(source, spec)  # closes the source if it raises
+    if not training or spec.select is None:
+        return source
+    try:
+        return Chosen(source, None, *row_range(spec.select))
+    except BaseException:
+        source.close()
+        raise
+
+
 class Chosen:
     """Some columns of a source, in any order, and a range of its rows.
 
-    columns : (d,) column numbers of the source; None for all. start, stop : rows of the source.
+    columns : (d,) column numbers of the source; None for all. start, stop : rows of the source. names : of the columns
+        where the source has no names for them.
     """
 
-    def __init__(self, source: Source, columns: Sequence[int] | None, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        columns: Sequence[int] | None,
+        start: int = 0,
+        stop: int | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
         self._source, self._start = source, start
         self.name, self.dtype, self.is_image8 = source.name, source.dtype, source.is_image8
         last = source.n_rows if stop is None else stop
@@ -42,7 +96,8 @@ class Chosen:
             self.n_features = len(self._columns)
             texts = [None if t is None else tuple(t[i] for i in self._columns.tolist())
                      for t in (source.info.columns, source.info.units)]  # fmt: skip
-            self.info = DataInfo(None, texts[0], texts[1])
+            self.info = DataInfo(None, texts[0] or names, texts[1])
+            check_size(self.name, self.n_rows, self.n_features)
         self.context = None if source.context is None else source.context[start:last]
         self.weight = None if source.weight is None else source.weight[start:last]
         self.context_names = source.context_names

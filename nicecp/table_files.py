@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp import probe
 from nicecp.errors import DataError, about_file
 from nicecp.hdf5_chunks import Chunks, Unusable
 from nicecp.hdf5_data import HDF5Source, element_kind, member, stored_whole, type_kind
@@ -50,11 +51,18 @@ def compound_fields(dataset: h5py.Dataset) -> dict[str, np.dtype[Any] | None] | 
 def column_names(group: h5py.Group) -> list[str]:
     """The 1-D numeric datasets of a group that can be columns of one table, in order of name: [] unless there are at
     least two, all as long as one another. Members that are links, groups or of other kinds do not count."""
-    names: list[str] = []
-    lengths: set[int] = set()
+    lengths = _one_dimensional(group)
+    return list(lengths) if len(lengths) > 1 and len(set(lengths.values())) == 1 else []
+
+
+def _one_dimensional(group: h5py.Group) -> dict[str, int]:
+    """The 1-D numeric datasets among the first MAX_COLUMNS members of a group, and how long they are."""
+    lengths: dict[str, int] = {}
     for number, name in enumerate(group):
-        if number >= MAX_COLUMNS or isinstance(name, bytes):
-            return []
+        if number >= MAX_COLUMNS:
+            break
+        if isinstance(name, bytes):
+            continue
         try:
             found = member(group, name)
             if not isinstance(found, h5py.Dataset) or found.shape is None or len(found.shape) != 1:
@@ -63,9 +71,19 @@ def column_names(group: h5py.Group) -> list[str]:
                 continue
         except (Unusable, *HDF5_ERRORS):
             continue
-        names.append(name)
-        lengths.add(int(found.shape[0]))
-    return names if len(names) > 1 and len(lengths) == 1 else []
+        lengths[name] = int(found.shape[0])
+    return lengths
+
+
+def columns_below(path: str | os.PathLike[str], name: str) -> list[str]:
+    """Paths of the 1-D numeric datasets of the group that ``name`` is in a file, of any length; [] if it is none."""
+    try:
+        with open_hdf5(os.fspath(path), name) as file, damage_reported(os.fspath(path)):
+            found = at(file, name)
+            members = _one_dimensional(found) if isinstance(found, h5py.Group) else {}
+    except (DataError, Unusable):
+        return []
+    return [f"{name.rstrip('/')}/{member}" for member in members]
 
 
 def open_table(path: str | os.PathLike[str], name: str, columns: Sequence[str] | None = None) -> Any:
@@ -84,7 +102,9 @@ def open_table(path: str | os.PathLike[str], name: str, columns: Sequence[str] |
         except Unusable as error:
             raise DataError(about_file(shown, *error.args)) from None
     if group:
-        return ColumnsSource(path, name, members if columns is None else columns)
+        wanted = members if columns is None else columns
+        probe.remember(os.fspath(path), [f"{name.rstrip('/')}/{column}" for column in wanted])  # the child saw them
+        return ColumnsSource(path, name, wanted)
     return HDF5Source(path, name) if fields is None else CompoundSource(path, name, columns)
 
 
