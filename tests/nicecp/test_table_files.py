@@ -93,9 +93,10 @@ def test_hostile_compounds(file: Callable[..., str], monkeypatch: pytest.MonkeyP
         table_files.CompoundSource(file(lambda f: f.create_dataset("events", data=records())), "/events")
     monkeypatch.undo()
 
-    text = np.zeros(20, [("x", "f8"), ("y", "f8"), ("s", h5py.string_dtype())])
-    path = file(lambda f: f.create_dataset("events", data=text))
-    assert read(DataSpec(path, columns="x,y"))[0].shape == (20, 2)
+    text = np.dtype([("x", "f8"), ("y", "f8"), ("s", h5py.string_dtype())])
+    rows = np.array([(i, -i, b"text") for i in range(20)], text)
+    path = file(lambda f: f.create_dataset("events", data=rows))
+    assert np.array_equal(read(DataSpec(path, columns="x,y"))[0][:, 1], -np.arange(20.0))
 
     nan = records()
     nan["phi"][7] = np.nan
