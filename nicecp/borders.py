@@ -63,12 +63,13 @@ def to_inputs(
     rows: Floats, steps: Sequence[Step], dtype: DTypeLike
 ) -> tuple[Floats, NDArray[np.bool_], float | Floats]:
     """Data rows (n, d) -> the network's inputs, which of them are not finite in ``dtype`` (zeroed), and the steps'
-    log-determinants (0 for those)."""
+    log-determinants (0 for these)."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         z, log_det = apply_steps(steps, rows)
         bad = ~np.isfinite(z.astype(dtype, copy=False)).all(axis=1)
     if bad.any():
-        z, log_det = np.where(bad[:, None], 0.0, z), np.where(bad, 0.0, log_det)
+        z = np.where(bad[:, None], 0.0, z)
+        log_det = np.where(bad, 0.0, log_det)
     return z, bad, log_det
 
 

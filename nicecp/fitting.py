@@ -163,8 +163,8 @@ def fit(
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
-        check_context(flow, train.source)
         steps, events = flow.preprocessing, discrete_columns_noted(train)
+        check_context(flow, train.source)
         if steps:
             check_fits(flow, train)
         else:

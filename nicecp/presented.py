@@ -98,13 +98,13 @@ class LogDetSource(_Rows):
 def presented(split: Split, steps: tuple[Step, ...], seed: int) -> Split:
     """The same rows after the host's part of ``steps``; the split itself where there is none."""
     host = host_part(steps)
-    return split.of(PresentedSource(split.source, host, seed, split.purpose)) if host else split
+    return split.seen_as(PresentedSource(split.source, host, seed, split.purpose)) if host else split
 
 
 def log_dets(split: Split, steps: tuple[Step, ...], seed: int) -> Split | None:
     """The log-determinants (n, 1) of the host's part of ``steps`` for the rows of a split; None where there is none."""
     host = host_part(steps)
-    return split.of(LogDetSource(split.source, host, seed, split.purpose)) if host else None
+    return split.seen_as(LogDetSource(split.source, host, seed, split.purpose)) if host else None
 
 
 def mean_log_det(split: Split, steps: tuple[Step, ...], seed: int) -> float:
@@ -112,12 +112,13 @@ def mean_log_det(split: Split, steps: tuple[Step, ...], seed: int) -> float:
     dets = log_dets(split, steps, seed)
     if dets is None or not len(split):
         return 0.0
-    total, size = 0.0, 0.0
+    weights, total = split.weights, 0.0
     for block in range(dets.n_blocks):
-        values, rows = dets.load_blocks(np.arange(block, block + 1))
-        weight = np.ones(len(rows)) if dets.source.weight is None else dets.source.weight[rows]
-        total, size = total + float(weight @ values[:, 0]), size + float(weight.sum())
-    return total / size
+        values = dets.load_blocks(np.arange(block, block + 1))[0][:, 0]
+        total += float(
+            values.sum() if weights is None else values @ weights[dets.bounds[block] : dets.bounds[block + 1]]
+        )
+    return total / (len(split) if weights is None else float(weights.sum()))
 
 
 def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:

@@ -112,10 +112,10 @@ class Split:
         chosen = None if self._chosen is None else self._chosen[: stop - self.start]
         return Split(self.source, self.start, stop, self.purpose, self.fraction, self.seed, self.member, chosen)
 
-    def of(self, source: Source) -> Split:
-        """The same rows of another source."""
-        rule = (self.purpose, self.fraction, self.seed, self.member, self._chosen)
-        return Split(source, self.start, self.stop, *rule)
+    def seen_as(self, source: Source) -> Split:
+        """The same rows of another source, which shows them differently."""
+        member, chosen = self.member, self._chosen
+        return Split(source, self.start, self.stop, self.purpose, self.fraction, self.seed, member, chosen)
 
     def __len__(self) -> int:
         return int(self.bounds[-1])

@@ -1,7 +1,8 @@
 """Tables as HDF5 files hold them beside a 2-D dataset: compound tables, and groups of 1-D columns.
 
 The checks are those of nicecp.hdf5_data, of every column that is used: integers or floats of at most 8 bytes, hard
-links, internal, written whole, behind filters that are read. What is not used is not looked at.
+links, internal, written whole, behind filters that are read. Fields and members that are not used may be anything,
+except that a compound table must not hold fields of varying length.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ def compound_fields(dataset: h5py.Dataset) -> dict[str, np.dtype[Any] | None] | 
         raise Unusable(problem, f"store at most {MAX_COLUMNS} fields in {MAX_ROW_BYTES >> 20} MiB a row")
     fields: dict[str, np.dtype[Any] | None] = {}
     for number in range(count):
+        kept_apart = kind.get_member_type(number)
+        if kept_apart.get_class() == h5py.h5t.VLEN or (
+            kept_apart.get_class() == h5py.h5t.STRING and kept_apart.is_variable_str()
+        ):
+            # stored elsewhere in the file, by references that one flipped bit can send anywhere
+            raise Unusable(
+                "its rows hold text or lists of varying length", "store text of fixed length, or leave it out"
+            )
         name = kind.get_member_name(number)
         text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
         raw = type_kind(kind.get_member_type(number))[0]
