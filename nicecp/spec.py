@@ -119,7 +119,7 @@ class ModelSpec:
 
     partition : "odd-even": part 0 is the features with even 0-based index (section 5.1); "halves": the first half;
     "permutation": the first half of ``order``, any permutation of 0..d-1. Part 0 has ceil(d / 2) features, and the
-    networks see a part's features in this order.
+    networks see a part's features in this order. n_context : numbers that every network reads behind these.
     """
 
     n_features: int
@@ -142,8 +142,8 @@ class ModelSpec:
             raise ValueError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
             partition_order(self.partition, self.n_features, self.order)
-        if self.n_context != 0:
-            raise ValueError("flows with a context are not available in this version: n_context must be 0")
+        if self.n_context < 0:
+            raise ValueError(f"n_context must be at least 0, got {self.n_context}")
 
     @property
     def part_sizes(self) -> tuple[int, int]:

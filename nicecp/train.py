@@ -12,6 +12,7 @@ import numpy as np
 
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
+from nicecp.extras import Extras
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
@@ -136,6 +137,7 @@ class Trainer:
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
         self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
         self._loader = Loader(flow, config.batch_size)
+        self._extras = Extras(flow, train.source)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
         # Steps read these two arrays at every window, so that a recorded step stays valid.
         capacity = min(len(train), self.reader.window + config.batch_size)
@@ -158,6 +160,7 @@ class Trainer:
         backend, ws = self.backend, self._ws
         seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
         self._loader.load(ws, self._data, self._index, self._rows, self.state, seed, purpose)
+        self._extras.load(ws, self._rows, self.state)
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.kernels",),
     (
         "nicecp.spec",
+        "nicecp.context",
         "nicecp.preprocessing",
         "nicecp.spline",
         "nicecp.transforms",
