@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+# Not when it is first needed: a child that is forked during an import by another thread waits for it for ever.
+from nicecp.kernels import _numba_point  # noqa: F401
 from nicecp.kernels import _numba_random as random
 from nicecp.kernels.backend import Array, Ready, Slot
 from nicecp.kernels.numba_calls import NumbaCalls
