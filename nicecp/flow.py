@@ -89,17 +89,8 @@ class NICE(Density):
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        spec = spec_of(
-            n_features,
-            hidden,
-            n_couplings,
-            prior,
-            "float64" if open_dtype else dtype,
-            coupling,
-            partition,
-            network,
-            n_context,
-        )
+        made_of = (prior, "float64" if open_dtype else dtype, coupling, partition, network, n_context)
+        spec = spec_of(n_features, hidden, n_couplings, *made_of)
         if context_names is not None and not spec.n_context:
             raise ValueError("context_names are for a flow with a context: give n_context too")
         context = Context.unscaled(spec.n_context, context_names) if spec.n_context else None
@@ -158,9 +149,8 @@ class NICE(Density):
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
-        self._few = (
-            FEW // spec.n_parameters if backend.device == "cpu" and has_compiled_form(spec, preprocessing) else 0
-        )
+        compiled = backend.device == "cpu" and has_compiled_form(spec, preprocessing)
+        self._few = FEW // spec.n_parameters if compiled else 0
         self._points: Points | None = None
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nicecp.checked import Checked
 from nicecp.flow import NICE
 from nicecp.kinks import drawn_parameters, margins, rms, units_on
-from nicecp.preprocessing import apply_steps, undo_steps
 from nicecp.presented import past_transforms
 from nicecp.records import Parameters
 from nicecp.spec import ModelSpec
@@ -84,6 +84,7 @@ class _Check:
 def check_gradients(
     flow: NICE | ModelSpec,
     x: ArrayLike | None = None,
+    context: ArrayLike | None = None,
     *,
     step: float = 1e-5,
     rtol: float = 1e-8,
@@ -101,7 +102,9 @@ def check_gradients(
     flow : NICE, not changed, or a ModelSpec, of which a fresh flow is made
         With couplings and networks of one's own (nicecp.registry) it is their functions that are checked.
     x : (n, d) or (d,), finite
-        A few rows of data space; 4 to 16 are plenty. By default six drawn from a normal distribution.
+        A few rows of data space; 4 to 16 are plenty. By default six, normal in the flow's input space.
+    context : (k,), for a flow with a context
+        The same for all rows; by default drawn.
     step : float
         Of the differences, in the flow's input space (after preprocessing) and for parameters.
     rtol : float
@@ -133,21 +136,26 @@ def check_gradients(
         flow = NICE.from_spec(flow, seed=seed)
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE or a ModelSpec, got {flow!r}")
-    x = np.random.default_rng(seed).standard_normal((ROWS, flow.n_features)) if x is None else x
+    rng = np.random.default_rng(seed)
+    if x is None:
+        x = Checked(flow).at_inputs(rng.standard_normal((ROWS, flow.n_features)))
+    if context is None and flow.context is not None:
+        context = flow.context.mean + flow.context.std * rng.standard_normal(len(flow.context))
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
     flow, rows = past_transforms(flow, rows)
-    check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
+    check, judged = _Check(step, rtol, max_checks, np.random.default_rng(seed)), Checked(flow, context)
     with np.errstate(invalid="ignore", divide="ignore"):
-        if not np.isfinite(_to_inputs(flow, rows)).all():
+        if not np.isfinite(judged.to_inputs(rows)).all():
             raise ValueError("x must lie where the flow's preprocessing has finite values")
-    exact = _in_float64(flow, flow.parameters())
+    exact = judged.in_float64(flow.parameters())
     if flow.spec.dtype == "float32":
-        _compare_precisions(flow, exact, rows)
-        flow = exact
-    _check_point(flow, exact, rows, check, must_resolve=False)
-    drawn = _in_float64(flow, drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
+        _compare_precisions(judged, exact, rows)
+        judged = exact
+    _check_point(judged, exact, rows, check, must_resolve=False)
+    parameters = drawn_parameters(flow.spec, judged.to_inputs(rows), check.rng, judged.seen)
+    drawn = judged.in_float64(parameters)
     _check_point(drawn, drawn, rows, check, must_resolve=True)
     log_det_error = _check_log_det(drawn, rows[0], step)
     _check_inverse(drawn, rows)
@@ -157,7 +165,7 @@ def check_gradients(
 # --- one set of parameters ------------------------
 
 
-def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resolve: bool) -> None:
+def _check_point(judged: Checked, exact: Checked, x: Floats, check: _Check, must_resolve: bool) -> None:
     """The gradients of ``judged`` against differences of log_prob of its float64 copy ``exact``."""
     log_prob = _check_density(judged, exact, x)
     loss, mean = judged.loss_and_gradients(x)
@@ -200,7 +208,7 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resol
         _require(clear, f"gradient by {name} cannot be judged: differences of log_prob hardly depend on it")
 
 
-def _check_density(judged: NICE, exact: NICE, x: Floats) -> Floats:
+def _check_density(judged: Checked, exact: Checked, x: Floats) -> Floats:
     """log_prob must be the prior's log-density of forward(x) plus its log-determinant -> log_prob : (n,)."""
     log_prob = np.asarray(judged.log_prob(x))
     h, log_det = exact.forward(x)
@@ -217,7 +225,7 @@ def _check_density(judged: NICE, exact: NICE, x: Floats) -> Floats:
 
 
 def _slopes(
-    judged: NICE, x: Floats, dx: Floats, directions: list[_Direction], mean: Parameters
+    judged: Checked, x: Floats, dx: Floats, directions: list[_Direction], mean: Parameters
 ) -> tuple[Floats, list[float]]:
     """Directional derivatives of each row's log_prob by the flow's gradients -> (n, c); and the gradients' squared
     norms, mean over rows: of the parameters' and of the inputs'.
@@ -243,7 +251,7 @@ def _slopes(
 
 
 def _differences(
-    exact: NICE, x: Floats, dx: Floats, directions: list[_Direction], slopes: Floats, step: float
+    exact: Checked, x: Floats, dx: Floats, directions: list[_Direction], slopes: Floats, step: float
 ) -> tuple[Floats, Floats]:
     """Fourth-order central differences of each row's log_prob along each direction : (n, c), and their steps, 0 for
     rows left out. Slopes by the inputs are written anew, along the steps as they were rounded in data space.
@@ -253,10 +261,10 @@ def _differences(
     whatever happens in between. Where they are not, it says nothing about the derivative, and the row is tried again
     with a tenth of the step. That depends on the units alone, never on how well gradients and differences agree.
     """
-    parameters, z = exact.parameters(), _to_inputs(exact, x)
-    on = units_on(exact.spec, parameters, z)
+    parameters, z = exact.parameters(), exact.to_inputs(x)
+    on = units_on(exact.spec, parameters, z, exact.seen)
     out, steps = np.zeros((x.shape[0], len(directions))), np.zeros((x.shape[0], len(directions)))
-    moved = _in_float64(exact, parameters)
+    moved = exact.in_float64(parameters)
     for c, direction in enumerate(directions):
         todo = np.ones(x.shape[0], bool)
         for h in (step, step / 10, step / 100):
@@ -268,7 +276,7 @@ def _differences(
                 else:
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
-                use &= (units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
+                use &= (units_on(exact.spec, values, exact.to_inputs(at), exact.seen) == on).all(axis=1)
                 difference += weight * np.asarray(moved.log_prob(at)) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
@@ -297,23 +305,23 @@ def _parameter_directions(gradients: Parameters, check: _Check) -> Iterator[_Dir
         yield _Direction(name, f"{name} along a random direction", random / np.linalg.norm(random))
 
 
-def _input_directions(exact: NICE, x: Floats, check: _Check) -> Iterator[_Direction]:
+def _input_directions(exact: Checked, x: Floats, check: _Check) -> Iterator[_Direction]:
     """Unit vectors of the flow's input space, as they look in data space: columns of data may differ in scale."""
     d = exact.n_features
     for entry in np.sort(check.rng.choice(d, min(d, check.max_checks), replace=False)):
         unit = np.where(np.arange(d) == entry, 1.0, 0.0)
-        yield _Direction(INPUT, f"{INPUT}[{entry}]", _from_inputs(exact, unit, x), unit)
+        yield _Direction(INPUT, f"{INPUT}[{entry}]", exact.from_inputs(unit, x), unit)
     random = check.rng.standard_normal(d)
     random /= np.linalg.norm(random)
-    yield _Direction(INPUT, f"{INPUT} along a random direction", _from_inputs(exact, random, x), random)
+    yield _Direction(INPUT, f"{INPUT} along a random direction", exact.from_inputs(random, x), random)
 
 
 # --- float32, log-determinant ------------------------
 
 
-def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
+def _compare_precisions(flow: Checked, exact: Checked, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
-    margin = margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
+    margin = margins(exact.spec, exact.parameters(), exact.to_inputs(x), exact.seen)
     rows = x[margin > SINGLE_MARGIN] if (margin > SINGLE_MARGIN).any() else x[[int(np.argmax(margin))]]
     pairs = {INPUT: (flow.grad_log_prob(rows), exact.grad_log_prob(rows))}
     single, double = flow.loss_and_gradients(rows)[1], exact.loss_and_gradients(rows)[1]
@@ -327,10 +335,10 @@ def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
         _require(close, f"gradient by {name} in float32 is {miss:.3g} off that in float64, whose norm is {size:.3g}")
 
 
-def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
+def _check_log_det(exact: Checked, row: Floats, step: float) -> float:
     """log_det of a row clear of all kinks against slogdet of its Jacobian by differences -> the error in nats."""
     d = exact.n_features
-    basis = _from_inputs(exact, np.eye(d), row[None])  # (d, d): unit vectors of input space in data space
+    basis = exact.from_inputs(np.eye(d), row[None])  # (d, d): unit vectors of input space in data space
     jacobian = np.empty((d, d))
     for start in range(0, d, 512):
         part = step * basis[start : start + 512]
@@ -342,7 +350,7 @@ def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     return error
 
 
-def _check_inverse(exact: NICE, x: Floats) -> None:
+def _check_inverse(exact: Checked, x: Floats) -> None:
     """inverse must undo forward, and have the opposite log-determinant."""
     h, log_det = exact.forward(x)
     back, opposite = exact.inverse(h)
@@ -362,35 +370,8 @@ def _require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
-    double = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
-    spec = replace(flow.spec, dtype="float64")
-    return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, backend=flow.backend)
-
-
-def _to_inputs(flow: NICE, x: Floats) -> Floats:
-    """Data space to the flow's input space."""
-    return np.asarray(apply_steps(flow.preprocessing, x)[0])
-
-
-def _affine(flow: NICE) -> bool:
-    return all(step.affine for step in flow.preprocessing)
-
-
-def _from_inputs(flow: NICE, vectors: Floats, x: Floats) -> Floats:
-    """Vectors (differences, not points) of input space in data space, at rows x : (n, d) if steps are not affine."""
-    if not _affine(flow):
-        z, h = _to_inputs(flow, x), 1e-5
-        ends = (undo_steps(flow.preprocessing, z + sign * h * vectors)[0] for sign in (1, -1))
-        return np.asarray(np.subtract(*ends) / (2 * h))
-    moved, origin = vectors, np.zeros_like(vectors)
-    for step in reversed(flow.preprocessing):
-        moved, origin = step.inverse(moved), step.inverse(origin)
-    return moved - origin
-
-
-def _moved_inputs(flow: NICE, x: Floats, z: Floats, direction: _Direction, h: float) -> Floats:
+def _moved_inputs(exact: Checked, x: Floats, z: Floats, direction: _Direction, h: float) -> Floats:
     """x : (n, d) moved by h along a direction of input space, in which the rows are z : (n, d)."""
-    if direction.unit is None or _affine(flow):
+    if direction.unit is None or exact.affine():
         return direction.moved(x, h)
-    return np.asarray(undo_steps(flow.preprocessing, z + h * direction.unit)[0])
+    return exact.at_inputs(z + h * direction.unit)
