@@ -2,8 +2,9 @@
 
     pip install 'nicecp[examples]' && python examples/emcee_sampling.py
 
-First walkers explore a flow: it is a density like any other. Then a flow fitted to a short, correlated run on the banana
-proposes the next points, and the rule of Metropolis and Hastings keeps the chain exact whatever the flow's errors are.
+First walkers explore a flow: it is a density like any other. Then a flow fitted to a short, correlated run on the
+banana proposes the next points, and the rule of Metropolis and Hastings keeps the chain exact whatever the flow's
+errors are.
 """
 
 from __future__ import annotations

@@ -39,11 +39,27 @@ class DataSpec:
         'a,b' or '0,3': columns of the data by name or number, which are then no features; 'FILE.h5:/NAME', or '/NAME'
         in the data's own file: a dataset with as many rows. That belongs to the training rows; of the file's ``valid``
         and ``test`` datasets it is '/NAME_valid' and '/NAME_test'. 'none' is None where a run's record says otherwise.
+    columns, select, burn, thin : text, or None for all
+        Which of the data are used (nicecp.rows): 'a,b', columns in this order; '1000:5000', rows; for the steps of
+        Markov chains how many first ones are left out, and that every so manieth is kept.
     """
 
     data: Any
     context: Any = None
     weights: Any = None
+    columns: Any = None
+    select: str | None = None
+    burn: str | None = None
+    thin: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("burn", "thin"):
+            text = getattr(self, name)
+            if text is not None and not (re.fullmatch(r"\d{1,15}", str(text)) and int(text) >= (name == "thin")):
+                raise ValueError(f"{name} must be a whole number of at least {int(name == 'thin')}, got {text!r}")
+            object.__setattr__(self, name, None if text is None else str(text))
+        if self.columns is not None and not isinstance(self.columns, str):
+            object.__setattr__(self, "columns", ",".join(str(column) for column in self.columns))
 
 
 NONE = "none"  # as text: no context or weights, though a run had them

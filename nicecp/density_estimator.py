@@ -56,6 +56,9 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     valid_fraction : float
         Of the rows, chosen at random, on which training is validated; the flow keeps its best epoch. 0 for none: it
         keeps the last one.
+    transform : str
+        Of single columns, before they are standardised: "auto", "quantile", "none", or one for each column
+        (docs/tables.md). ``record_.events`` say what each column was given, and why.
     whiten : "gaussian", "zca" or "none"
         What stands between the data and the flow: the Gaussian of greatest likelihood of the training rows, which the
         flow then improves on, or only columns that are standardised.
@@ -95,6 +98,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         learning_rate: float = 1e-3,
         patience: int | None = 30,
         valid_fraction: float = 0.1,
+        transform: str = "auto",
         whiten: str = "gaussian",
         regularization: float = 1e-3,
         allow_constant: bool = False,
@@ -110,6 +114,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.learning_rate = learning_rate
         self.patience = patience
         self.valid_fraction = valid_fraction
+        self.transform = transform
         self.whiten = whiten
         self.regularization = regularization
         self.allow_constant = allow_constant
@@ -140,6 +145,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             valid_fraction=self.valid_fraction,
             seed=seed,
             allow_constant=self.allow_constant,
+            transform=self.transform,
             whiten=self.whiten,
             regularization=0.0 if self.whiten == "none" else self.regularization,
         )

@@ -24,11 +24,16 @@ class GradientReport:
 
 @dataclass(frozen=True)
 class Direction:
-    """A unit vector in the space of one array: one entry of it (flat index), or all of them at once."""
+    """A unit vector in the space of one array: one entry of it (flat index), or all of them at once.
+
+    For the data it is one of the flow's input space, ``unit`` : (d,), and ``along`` is how it looks in data space:
+    (d,), or (n, d) where it looks different in every row.
+    """
 
     name: str
     label: str
     along: int | Floats
+    unit: Floats | None = None
 
     def moved(self, value: Floats, h: float) -> Floats:
         """value + h * this direction; an array of rows moves in every row."""
@@ -39,8 +44,10 @@ class Direction:
             out += h * self.along
         return out
 
-    def dot(self, gradient: Floats) -> float:
-        """The gradient's component along this direction."""
+    def dot(self, gradient: Floats, row: int = 0) -> float:
+        """The gradient's component along this direction; for the data that of one row."""
+        if self.unit is not None and not isinstance(self.along, int) and self.along.ndim == 2:
+            return float(np.vdot(gradient, self.along[row]))
         if isinstance(self.along, int):
             return float(gradient.reshape(-1)[self.along])
         return float(np.vdot(gradient, self.along))

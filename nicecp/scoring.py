@@ -22,6 +22,7 @@ from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
+from nicecp.rows import matched
 from nicecp.split import Split
 
 logger = logging.getLogger("nicecp")
@@ -95,8 +96,8 @@ def as_recorded(data: Any, record: RunRecord | None) -> Any:
 def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split:
     """The rows that ``score`` means; the caller closes the split's source. DataError where they do not fit the flow."""
     if part in ("train", "valid"):
-        return _own_rows(flow, record, data, part) or _all_rows(flow, open_source(data, part), part)
-    source = open_source(data, "test")
+        return _own_rows(flow, record, data, part) or _all_rows(flow, _matched(flow, data, part), part)
+    source = _matched(flow, data, "test")
     if part == "test":
         _refuse_training_rows(flow, data, source)
     whole = _all_rows(flow, source, "test")
@@ -106,6 +107,11 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
             whole.source.close()
             return own
     return whole
+
+
+def _matched(flow: NICE, data: Any, part: str) -> Source:
+    """Data with the flow's columns in its order, found by their names where both have names."""
+    return matched(open_source(data, part), flow.info.columns)
 
 
 def _refuse_training_rows(flow: NICE, data: Any, source: Source) -> None:

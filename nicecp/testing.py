@@ -9,26 +9,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nicecp.context import context_of, paired
-from nicecp.coupling import apply_law
 from nicecp.directions import Check, Direction, GradientReport
 from nicecp.flow import NICE
-from nicecp.preprocessing import apply_steps
+from nicecp.kinks import drawn_parameters, margins, rms, units_on
+from nicecp.preprocessing import apply_steps, undo_steps
 from nicecp.presented import past_transforms
 from nicecp.records import Parameters
 from nicecp.spec import ModelSpec
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 INPUT = "x"  # stands for the data among the names of parameters
+ROWS = 6  # drawn where none are given
 RESOLUTION = 200.0  # signal over tolerance: an error of 1 % is then at least twice the tolerance
 SINGLE_RTOL = 1e-3  # float32 against float64: far above rounding, far below an error in a formula
 SINGLE_MARGIN = 1e-5  # units closer than this to their kink (relative to their layer) may differ between the two
 
 
 def check_gradients(
-    flow: NICE,
-    x: ArrayLike,
+    flow: NICE | ModelSpec,
+    x: ArrayLike | None = None,
     context: ArrayLike | None = None,
     *,
     step: float = 1e-5,
@@ -36,7 +36,7 @@ def check_gradients(
     max_checks: int = 256,
     seed: int = 0,
 ) -> GradientReport:
-    """Check a flow's gradients against central differences of its log_prob, and its log-determinant by slogdet.
+    """Check a flow's gradients against central differences of its log_prob, its log-determinant, and its inverse.
 
     Differences are taken in float64, on copies of the flow: with its own parameters, and with parameters drawn so that
     every array matters (in a fresh flow most gradients are too small for any difference to see). The gradients of a
@@ -44,11 +44,12 @@ def check_gradients(
 
     Parameters
     ----------
-    flow : NICE, not changed
+    flow : NICE, not changed, or a ModelSpec, of which a fresh flow is made
+        With couplings and networks of one's own (nicecp.registry) it is their functions that are checked.
     x : (n, d) or (d,), finite
-        A few rows of data space; 4 to 16 are plenty.
+        A few rows of data space; 4 to 16 are plenty. By default six drawn from a normal distribution.
     context : (k,) or (n, k), for a flow with a context
-        Of the rows. Gradients are those by x and by the parameters at this context.
+        Of the rows. Gradients are those by x and by the parameters, at this context.
     step : float
         Of the differences, in the flow's input space (after preprocessing) and for parameters.
     rtol : float
@@ -76,26 +77,31 @@ def check_gradients(
     >>> report.error <= 1
     True
     """
+    if isinstance(flow, ModelSpec):
+        flow = NICE.from_spec(flow, seed=seed)
     if not isinstance(flow, NICE):
-        raise TypeError(f"flow must be a NICE, got {flow!r}")
+        raise TypeError(f"flow must be a NICE or a ModelSpec, got {flow!r}")
+    x = np.random.default_rng(seed).standard_normal((ROWS, flow.n_features)) if x is None else x
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
     flow, rows = past_transforms(flow, rows)
     given = paired(rows, (len(rows),), context_of(context, flow.context))[2]
     if given is not None:
-        if not np.isfinite(given).all():
-            raise ValueError("the context must be finite")
         rows = np.hstack([rows, np.broadcast_to(given, (len(rows), given.shape[1]))])
     check = Check(step, rtol, max_checks, np.random.default_rng(seed))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if not np.isfinite(_to_inputs(flow, rows)).all():
+            raise ValueError("x must lie where the flow's preprocessing has finite values, at a finite context")
     exact = _in_float64(flow, flow.parameters())
     if flow.spec.dtype == "float32":
         _compare_precisions(flow, exact, rows)
         flow = exact
     _check_point(flow, exact, rows, check, must_resolve=False)
-    drawn = _in_float64(flow, _drawn_parameters(flow.spec, _inputs(flow, rows), check.rng))
+    drawn = _in_float64(flow, drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
     _check_point(drawn, drawn, rows, check, must_resolve=True)
     log_det_error = _check_log_det(drawn, rows[0], step)
+    _check_inverse(drawn, rows)
     return GradientReport(len(rows), check.directions, check.left_out, check.worst, check.error, log_det_error)
 
 
@@ -113,7 +119,7 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: Check, must_resolv
     dx = _with_context(judged, np.asarray(judged.grad_log_prob(*_arguments(judged, x))))
     for name, gradient in {**mean, INPUT: dx}.items():  # NaN and infinity would pass through the bounds below
         _require(bool(np.isfinite(gradient).all()), f"gradient by {name} is not finite")
-    directions = [*_parameter_directions(mean, check), *_input_directions(exact, check)]
+    directions = [*_parameter_directions(mean, check), *_input_directions(exact, x, check)]
     slopes, squares = _slopes(judged, x, dx, directions, mean)
     differences, steps = _differences(exact, x, dx, directions, slopes, check.step)
     usable = steps > 0
@@ -133,8 +139,8 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: Check, must_resolv
             found, slope = differences[rows, c], slopes[rows, c]
             # Rounding grows as the step shrinks: a smaller step is allowed more, in proportion.
             miss = np.abs(found - slope) * steps[rows, c] / check.step
-            signal[name] = max(signal.get(name, 0.0), _rms(found) / limit)
-            error, row = _rms(miss) / limit, int(np.argmax(miss))
+            signal[name] = max(signal.get(name, 0.0), rms(found) / limit)
+            error, row = rms(miss) / limit, int(np.argmax(miss))
             if error > worst:
                 worst, said = error, f"{slope[row]:.12g}, but the difference of log_prob is {found[row]:.12g}"
                 message = (
@@ -181,7 +187,7 @@ def _slopes(
         for name, gradient in gradients.items():
             total[name] += gradient / n
         for c, direction in enumerate(directions):
-            slopes[i, c] = direction.dot(dx[i] if direction.name == INPUT else -gradients[direction.name])
+            slopes[i, c] = direction.dot(dx[i] if direction.name == INPUT else -gradients[direction.name], i)
     for name, gradient in mean.items():
         gap = float(np.linalg.norm(gradient - total[name]))
         _require(gap**2 <= 1e-20 * square, f"gradient by {name} is not the mean of the rows' (off by {gap:.3g})")
@@ -201,7 +207,8 @@ def _differences(
     whatever happens in between. Where they are not, it says nothing about the derivative, and the row is tried again
     with a tenth of the step. That depends on the units alone, never on how well gradients and differences agree.
     """
-    parameters, on = exact.parameters(), _units_on(exact.spec, exact.parameters(), _inputs(exact, x))
+    parameters, z = exact.parameters(), _to_inputs(exact, x)
+    on = units_on(exact.spec, parameters, z)
     out, steps = np.zeros((x.shape[0], len(directions))), np.zeros((x.shape[0], len(directions)))
     moved = _in_float64(exact, parameters)
     for c, direction in enumerate(directions):
@@ -210,12 +217,12 @@ def _differences(
             use, difference, slope = todo.copy(), np.zeros(x.shape[0]), np.zeros(x.shape[0])
             for weight, multiple in ((8, 1), (-8, -1), (-1, 2), (1, -2)):
                 at, values = x, parameters
-                if direction.name == INPUT:
-                    at = direction.moved(x, multiple * h)
+                if direction.unit is not None:
+                    at = _moved_inputs(exact, x, z, direction, multiple * h)
                 else:
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
-                use &= (_units_on(exact.spec, values, _inputs(exact, at)) == on).all(axis=1)
+                use &= (units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
                 difference += weight * np.asarray(moved.log_prob(*_arguments(moved, at))) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
@@ -244,15 +251,16 @@ def _parameter_directions(gradients: Parameters, check: Check) -> Iterator[Direc
         yield Direction(name, f"{name} along a random direction", random / np.linalg.norm(random))
 
 
-def _input_directions(exact: NICE, check: Check) -> Iterator[Direction]:
+def _input_directions(exact: NICE, x: Floats, check: Check) -> Iterator[Direction]:
     """Unit vectors of the flow's input space, as they look in data space: columns of data may differ in scale."""
     d = exact.n_features
     for entry in np.sort(check.rng.choice(d, min(d, check.max_checks), replace=False)):
         unit = np.where(np.arange(d) == entry, 1.0, 0.0)
-        yield Direction(INPUT, f"{INPUT}[{entry}]", _with_context(exact, _from_inputs(exact, unit)))
+        yield Direction(INPUT, f"{INPUT}[{entry}]", _with_context(exact, _from_inputs(exact, unit, x)), unit)
     random = check.rng.standard_normal(d)
-    random = _with_context(exact, _from_inputs(exact, random / np.linalg.norm(random)))
-    yield Direction(INPUT, f"{INPUT} along a random direction", random)
+    random /= np.linalg.norm(random)
+    along = _with_context(exact, _from_inputs(exact, random, x))
+    yield Direction(INPUT, f"{INPUT} along a random direction", along, random)
 
 
 # --- float32, log-determinant ------------------------
@@ -260,7 +268,7 @@ def _input_directions(exact: NICE, check: Check) -> Iterator[Direction]:
 
 def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
-    margin = _margins(exact.spec, exact.parameters(), _inputs(exact, x))
+    margin = margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
     clear = x[margin > SINGLE_MARGIN] if (margin > SINGLE_MARGIN).any() else x[[int(np.argmax(margin))]]
     rows = _arguments(flow, clear)
     pairs = {INPUT: (flow.grad_log_prob(*rows), exact.grad_log_prob(*rows))}
@@ -279,7 +287,7 @@ def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
 def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     """log_det of a row clear of all kinks against slogdet of its Jacobian by differences -> the error in nats."""
     d = exact.n_features
-    basis = _from_inputs(exact, np.eye(d))  # (d, d): unit vectors of input space in data space
+    basis = _from_inputs(exact, np.eye(d), row[None])  # (d, d): unit vectors of input space in data space
     jacobian = np.empty((d, d))
     for start in range(0, d, 512):
         part = step * _with_context(exact, basis[start : start + 512])
@@ -292,11 +300,20 @@ def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     return error
 
 
+def _check_inverse(exact: NICE, x: Floats) -> None:
+    """inverse must undo forward, and have the opposite log-determinant."""
+    x, *given = _arguments(exact, x)
+    h, log_det = exact.forward(x, *given)
+    back, opposite = exact.inverse(h, *given)
+    miss, allowed = float(np.abs(back - x).max()), 1e-7 * (1 + float(np.abs(x).max()))
+    _require(miss <= allowed, f"inverse does not undo forward: off by {miss:.3g}")
+    gap = float(np.abs(opposite + log_det).max())
+    _require(
+        gap <= 1e-7 * x.shape[1], f"log_det of inverse is not that of forward with the sign changed: {gap:.3g} off"
+    )
+
+
 # --- the flow seen from outside ------------------------
-
-
-def _rms(values: Floats) -> float:
-    return float(np.sqrt((values**2).mean()))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -307,8 +324,7 @@ def _require(condition: bool, message: str) -> None:
 def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
     double = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
     spec = replace(flow.spec, dtype="float64")
-    scale = {} if flow.context is None else {"context": flow.context}
-    return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, backend=flow.backend, **scale)
+    return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, context=flow.context, backend=flow.backend)
 
 
 def _arguments(flow: NICE, x: Floats) -> tuple[Floats, ...]:
@@ -317,72 +333,37 @@ def _arguments(flow: NICE, x: Floats) -> tuple[Floats, ...]:
     return (x,) if flow.context is None else (x[..., :d], x[..., d:])
 
 
-def _inputs(flow: NICE, x: Floats) -> Floats:
-    """x : (n, d + k) -> what the networks read: rows after preprocessing, and the scaled context."""
-    rows, *context = _arguments(flow, x)
-    z: Floats = apply_steps(flow.preprocessing, rows)[0]
-    return z if flow.context is None else np.hstack([z, flow.context.scaled(context[0])])
-
-
 def _with_context(flow: NICE, vectors: Floats) -> Floats:
     """Vectors of data space (..., d) among rows with their context: (..., d + k), 0 there."""
     return np.concatenate([vectors, np.zeros((*vectors.shape[:-1], flow.spec.n_context))], axis=-1)
 
 
-def _from_inputs(flow: NICE, vectors: Floats) -> Floats:
-    """Vectors (differences, not points) of input space in data space; preprocessing is affine."""
+def _to_inputs(flow: NICE, x: Floats) -> Floats:
+    """x : (n, d + k) -> what networks read: rows after the flow's preprocessing, and the scaled context."""
+    rows, *given = _arguments(flow, x)
+    z = np.asarray(apply_steps(flow.preprocessing, rows)[0])
+    return z if flow.context is None else np.hstack([z, flow.context.scaled(given[0])])
+
+
+def _affine(flow: NICE) -> bool:
+    return all(step.affine for step in flow.preprocessing)
+
+
+def _from_inputs(flow: NICE, vectors: Floats, x: Floats) -> Floats:
+    """Vectors (differences, not points) of input space in data space, at rows x if steps are not affine."""
+    if not _affine(flow):
+        z, h = _to_inputs(flow, x)[:, : flow.n_features], 1e-5
+        ends = (undo_steps(flow.preprocessing, z + sign * h * vectors)[0] for sign in (1, -1))
+        return np.asarray(np.subtract(*ends) / (2 * h))
     moved, origin = vectors, np.zeros_like(vectors)
     for step in reversed(flow.preprocessing):
         moved, origin = step.inverse(moved), step.inverse(origin)
     return moved - origin
 
 
-def _hidden(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
-    """Every hidden layer's name and values before the ReLU : (n, h)."""
-    features, context = z[:, : spec.n_features], z[:, spec.n_features :]
-    parts = [features[:, columns] for columns in spec.columns]
-    for k, coupling in enumerate(spec.couplings):
-        y = np.hstack([parts[coupling.conditions_on], context])
-        for j in range(len(coupling.hidden) + 1):
-            name = f"couplings/{k}/layers/{j}"
-            weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]
-            product = y @ weight
-            y = product + bias
-            if j < len(coupling.hidden):
-                yield name, y
-                y = np.maximum(product + bias, 0)  # again: the reader may have written the bias
-        parts[coupling.transforms] = apply_law(coupling.law, parts[coupling.transforms], y)
-
-
-def _units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:
-    """(n, all hidden units): which ReLUs are on."""
-    layers = [y > 0 for _, y in _hidden(spec, parameters, z)]
-    return np.concatenate([*layers, np.ones((len(z), 1), bool)], axis=1)
-
-
-def _margins(spec: ModelSpec, parameters: Parameters, z: Floats) -> Floats:
-    """(n,): distance of each row's nearest unit from its kink, relative to its layer; 0 exactly is 0 in any dtype."""
-    margin = np.full(len(z), np.inf)
-    for _, y in _hidden(spec, parameters, z):
-        distance = np.abs(y) / max(_rms(y), np.finfo(float).tiny)
-        margin = np.minimum(margin, np.where(y == 0, np.inf, distance).min(axis=1))
-    return margin
-
-
-def _drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator) -> Parameters:
-    """Parameters for which every array has a gradient that differences can see and a ReLU mask matters.
-
-    Weights as He et al. 2015 (2 / fan_in), the last layer's smaller so that the Jacobian is well conditioned. Biases
-    put every second unit of each layer on and the others off in the first row, all clear of the kink.
-    """
-    parameters: Parameters = {}
-    for name, shape in spec.parameter_shapes().items():
-        parameters[name] = rng.standard_normal(shape) * (np.sqrt(2 / shape[0]) if name.endswith("weight") else 0.1)
-    for k, coupling in enumerate(spec.couplings):
-        parameters[f"couplings/{k}/layers/{len(coupling.hidden)}/weight"] *= 0.5
-    parameters["scaling/log_scale"] = rng.uniform(0.1, 0.5, spec.n_features)
-    for name, y in _hidden(spec, parameters, z[:1]):
-        sign = np.where(np.arange(y.shape[1]) % 2 == 0, 1, -1)
-        target = sign * (0.3 + np.abs(rng.standard_normal(y.shape[1])))
-        parameters[f"{name}/bias"] += target - y[0]
-    return parameters
+def _moved_inputs(flow: NICE, x: Floats, z: Floats, direction: Direction, h: float) -> Floats:
+    """x : (n, d + k) moved by h along a direction of input space, in which the rows are z : (n, d + k)."""
+    if direction.unit is None or _affine(flow):
+        return direction.moved(x, h)
+    d = flow.n_features
+    return np.hstack([undo_steps(flow.preprocessing, z[:, :d] + h * direction.unit)[0], x[:, d:]])

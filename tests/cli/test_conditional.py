@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """columns.h5: context u, v and weights w are columns; beside.h5: datasets; and a run on each."""
     folder = tmp_path_factory.mktemp("conditional")
     rng = np.random.default_rng(0)
-    c = rng.normal(size=(500, 2)) + [3, 0]
+    c = rng.normal(size=(500, 2)) + np.array([3, 0])
     x = c @ np.array([[1.0, 0, 2], [0, 1, 1]]) + 0.3 * rng.normal(size=(500, 3))
     w = rng.exponential(size=500)
     w[::9] = 0
