@@ -268,7 +268,7 @@ class _Learner:
         """(n,) what each of these rows of the file counts in their mean; padding, which is negative, nothing."""
         weight = split.source.weight
         w = np.where(rows >= 0, 1.0 if weight is None else weight[np.maximum(rows, 0)], 0.0)
-        return w / w.sum()
+        return np.asarray(w / w.sum())
 
     def _at(self, epoch: int, cursor: int, momentum: float) -> None:
         def change(host: FloatArray) -> None:

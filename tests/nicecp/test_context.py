@@ -114,7 +114,7 @@ def test_check_gradients_covers_contexts(dtype: str, coupling: Any) -> None:
     assert check_gradients(flow, x[0], c[0]).rows == 1
     with pytest.raises(ValueError, match="pass a context"):
         check_gradients(flow, x)
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="at a finite context"):
         check_gradients(flow, x, [1, np.nan])
 
 
@@ -315,6 +315,27 @@ def test_inpainting_takes_one_context() -> None:
         inpaint(flow, x, hidden, 5, context=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="pass a context"):
         inpaint(flow, x, hidden, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_point_for_compiled_code(dtype: str) -> None:
+    """njit_log_prob(x, context), and a C function of the point with its context behind it: both take it unscaled."""
+    import ctypes
+
+    flow, x, c = make_flow(spec_of("d4-permuted", dtype))
+    rows = flow.log_prob(np.tile(x, (500, 1)), np.tile(c, (500, 1)))[:6]
+    few = [flow.log_prob(one, given) for one, given in zip(x, c, strict=True)]
+    np.testing.assert_allclose(few, rows, rtol=1e-12 if dtype == "float64" else 5e-6)
+    compiled, in_c = flow.njit_log_prob(), flow.cfunc().ctypes
+    for one, given, expected in zip(x, c, rows, strict=True):
+        assert compiled(one, given) == pytest.approx(expected, rel=1e-12 if dtype == "float64" else 5e-6)
+        both = np.concatenate([one, given])
+        pointer = both.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+        assert in_c(6, pointer) == compiled(one, given)
+    assert np.isnan(compiled(x[0], np.array([np.nan, 0])))
+    assert np.isnan(flow.log_prob(x[0], [np.nan, 0]))
+    again = pickle.loads(pickle.dumps(compiled))
+    assert again(x[0], c[0]) == compiled(x[0], c[0])
 
 
 # --- files ------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -118,3 +120,16 @@ def test_data_with_another_context_are_refused(tmp_path: Path) -> None:
         fit(flow, str(path), context="v,u", epochs=1)
     fit(flow, str(path), context="u,v", epochs=1)
     assert flow.names == ("x", "y", "z")
+
+
+def test_the_code_in_the_documentation() -> None:
+    """Every block of docs/conditional.md, one after the other."""
+    page = Path(__file__).parents[2] / "docs" / "conditional.md"
+    code = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(code) == 2
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(compile(block, str(page), "exec"), names)
+    assert names["samples"].shape == (1000, 3)
+    assert np.abs(names["back"] - names["x"][:5]).max() < 1e-9
+    assert names["record"].epoch == 5
