@@ -117,6 +117,35 @@ def test_evaluation_repeats_the_run_s_numbers(folder: Path, capsys: pytest.Captu
     assert named["mean"] == pytest.approx(flow.log_prob(np.zeros(3), other).mean(), rel=1e-12)
 
 
+def test_scores_of_every_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("score", "b.h5", "--data", "beside.h5", "--out", "scores.h5") == 0
+    assert run("score", "a.h5", "--data", "columns.h5", "--out", "all.h5") == 0
+    flow = load("b.h5")
+    with h5py.File("scores.h5") as scores, h5py.File("beside.h5") as file, h5py.File("all.h5") as every:
+        np.testing.assert_allclose(
+            scores["log_prob"][()], flow.log_prob(file["test"][()], file["ctx_test"][()]), rtol=1e-12
+        )
+        np.testing.assert_allclose(every["log_prob"][()], flow.log_prob(file["train"][()], file["ctx"][()]), rtol=1e-12)
+    capsys.readouterr()
+    said = refused(capsys, "score", "b.h5", "--data", "beside.h5", "--context", "none", "--out", "no.h5")
+    assert "its rows have no context" in said
+
+
+def test_figures_are_at_the_rows_contexts(folder: Path) -> None:
+    from nicecp.data import DataSpec, open_source
+    from nicecp.score_plots import compare
+
+    flow = load("b.h5")
+    source = open_source(DataSpec("beside.h5", "/ctx", "/w"))
+    compared = compare(flow, source, seed=1)
+    source.close()
+    assert source.context is not None
+    assert source.weight is not None
+    at = np.flatnonzero(source.weight)
+    np.testing.assert_allclose(compared.samples, flow.sample(len(at), 1, source.context[at]), rtol=1e-12)
+    np.testing.assert_allclose(compared.log_prob, flow.log_prob(compared.data, source.context[at]), rtol=1e-12)
+
+
 def test_resuming_finds_them_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", "columns.h5", "--context", "u,v", "--weights", "w"]
     assert run("train", *options, "--out", "whole.h5", *SMALL[:-1], "4") == 0

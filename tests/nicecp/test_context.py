@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,16 @@ def test_files_and_pickles(flow: NICE, tmp_path: Path) -> None:
     NICE(3, (4,), 3).save(plain)
     with h5py.File(plain) as file:
         assert "context" not in file, "files without a context are as they always were"
+
+
+def test_the_reader_in_the_documentation(flow: NICE, tmp_path: Path) -> None:
+    flow.save(tmp_path / "flow.h5")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "checkpoint.md").read_text(), re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/checkpoint.md", "exec"), names)
+    np.testing.assert_allclose(names["log_prob"](tmp_path / "flow.h5", X, C), flow.log_prob(X, C), rtol=1e-12)
 
 
 def test_damaged_scales_are_refused(flow: NICE, tmp_path: Path) -> None:
