@@ -173,7 +173,9 @@ def fit(
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
-    spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
+    spec: Any = data
+    if context is not None or sample_weight is not None:
+        spec = DataSpec(data, context, sample_weight)
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)

@@ -205,10 +205,10 @@ class NICE(Density):
             A finite row gave no finite number: the parameters are broken, or it overflows on its way.
         """
         rows, shape, given = self._rows(x, context)
-        if given is None and len(rows) <= self._few:
+        if len(rows) <= self._few:
             if self._points is None:
                 self._points = Points(self.spec, self._views, self.preprocessing)
-            out = self._points.log_prob(rows, floor)
+            out = self._points.log_prob(rows, given, floor)
         else:
             out = self._log_prob_in_chunks(rows, given, floor)
         if shape == ():

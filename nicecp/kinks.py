@@ -20,19 +20,16 @@ def rms(values: Floats) -> float:
     return float(np.sqrt((values**2).mean()))
 
 
-def hidden_layers(
-    spec: ModelSpec, parameters: Parameters, z: Floats, context: Floats | None = None
-) -> Iterator[tuple[str, Floats]]:
+def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
     """Every hidden layer's name and values before the ReLU : (n, h); of registered ones their kinks.
 
-    context : (k,) what networks see beside their half in every row
+    z : (n, d + k), the rows in the flow's input space and, if it has one, their scaled context behind them
     """
-    parts = [z[:, columns] for columns in spec.columns]
+    features, context = z[:, : spec.n_features], z[:, spec.n_features :]
+    parts = [features[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
         own = own_of({name: parameters[f"couplings/{k}/{name}"] for name in spec.own_shapes(k)})
-        y, layers = parts[coupling.conditions_on], len(spec.dense_layers(k))
-        if context is not None:
-            y = np.concatenate([y, np.tile(context, (len(y), 1))], axis=1)
+        y, layers = np.hstack([parts[coupling.conditions_on], context]), len(spec.dense_layers(k))
         for j in range(layers):
             name = f"couplings/{k}/layers/{j}"
             weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]
@@ -56,22 +53,22 @@ def _kinks(name: str, values: Floats | None) -> Iterator[tuple[str, Floats]]:
         yield name, np.asarray(values).reshape(len(values), -1)
 
 
-def units_on(spec: ModelSpec, parameters: Parameters, z: Floats, context: Floats | None = None) -> Bools:
+def units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:
     """(n, all hidden units): which ReLUs are on."""
-    layers = [y > 0 for _, y in hidden_layers(spec, parameters, z, context)]
+    layers = [y > 0 for _, y in hidden_layers(spec, parameters, z)]
     return np.concatenate([*layers, np.ones((len(z), 1), bool)], axis=1)
 
 
-def margins(spec: ModelSpec, parameters: Parameters, z: Floats, context: Floats | None = None) -> Floats:
+def margins(spec: ModelSpec, parameters: Parameters, z: Floats) -> Floats:
     """(n,): distance of each row's nearest unit from its kink, relative to its layer; 0 exactly is 0 in any dtype."""
     margin = np.full(len(z), np.inf)
-    for _, y in hidden_layers(spec, parameters, z, context):
+    for _, y in hidden_layers(spec, parameters, z):
         distance = np.abs(y) / max(rms(y), np.finfo(float).tiny)
         margin = np.minimum(margin, np.where(y == 0, np.inf, distance).min(axis=1))
     return margin
 
 
-def drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator, context: Floats | None = None) -> Parameters:
+def drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator) -> Parameters:
     """Parameters for which every array has a gradient that differences can see and a ReLU mask matters.
 
     Weights as He et al. 2015 (2 / fan_in), the last layer's smaller so that the Jacobian is well conditioned. Biases
@@ -86,7 +83,7 @@ def drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator, conte
         if spec.dense_layers(k):
             parameters[f"couplings/{k}/layers/{len(spec.dense_layers(k)) - 1}/weight"] *= 0.5
     parameters["scaling/log_scale"] = rng.uniform(0.1, 0.5, spec.n_features)
-    for name, y in hidden_layers(spec, parameters, z[:1], context):
+    for name, y in hidden_layers(spec, parameters, z[:1]):
         if "/layers/" not in name:
             continue
         sign = np.where(np.arange(y.shape[1]) % 2 == 0, 1, -1)

@@ -23,6 +23,7 @@ from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize
+from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 from nicecp.split import Split
 
@@ -103,6 +104,7 @@ def score_file(
     Parameters
     ----------
     data : as nicecp.data.open_source; of a file without a named dataset the test dataset, else the training one
+        A context comes from where the run had it, unless a DataSpec says otherwise. Every row counts alike.
     out : FILE.h5, which appears whole or not at all
         Dataset ``log_prob`` (n,) float64, nats, in the data's space: NaN for rows with NaN, -inf for rows that are
         infinite or outside the flow's support. Attributes: checkpoint, data, seed, draws.
@@ -127,7 +129,7 @@ def score_file(
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     flow, record = load_run(checkpoint, backend=open_backend(device, threads))
     seed = seed if seed is not None else record.seed if record is not None else 0
-    source = open_source(data, "test")
+    source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, draws)
         scored = Scored(source.name, seed, draws)
@@ -182,22 +184,23 @@ def in_data_space(flow: NICE, rows: NDArray[Any], start: int, seed: int, draw: i
 
 def _log_prob(flow: NICE, source: Source, x: NDArray[Any], start: int) -> FloatArray:
     """Log-densities of rows from ``start`` on; DataError that names the first row at which the flow overflows."""
+    context = None if source.context is None else source.context[start : start + len(x)]
     try:
-        values: FloatArray = flow.log_prob(x)
+        values: FloatArray = flow.log_prob(x, context)
         return values
     except FloatingPointError:
-        row = _first_overflow(flow, x)
+        row = _first_overflow(flow, x, context)
         problem = f"the log-density of row {start + row} is not finite though the row is: the flow overflows there"
         raise DataError(about_file(source.name, problem, "look at this row, or train a new flow")) from None
 
 
-def _first_overflow(flow: NICE, x: NDArray[Any]) -> int:
+def _first_overflow(flow: NICE, x: NDArray[Any], context: FloatArray | None) -> int:
     """By halves: the first row for which log_prob raises."""
     low, high = 0, len(x)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            flow.log_prob(x[low:middle])
+            flow.log_prob(x[low:middle], None if context is None else context[low:middle])
         except FloatingPointError:
             high = middle
         else:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.beside import effective_rows, plain_data
-from nicecp.checkpoint import load
+from nicecp.checkpoint import load_run
 from nicecp.data import open_source
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.flow import NICE
@@ -23,6 +23,7 @@ from nicecp.machine import open_backend
 from nicecp.outputs import check_output
 from nicecp.plot import FORMATS, new_figure, write_figure
 from nicecp.score_file import check_scorable, in_data_space
+from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 
 FloatArray = NDArray[np.float64]
@@ -66,15 +67,17 @@ def compare(flow: NICE, source: Source, seed: int = 0, rows: int = ROWS) -> Comp
     """
     x, at = _spread(flow, source, seed, rows)
     weight = np.ones(len(x)) if source.weight is None else source.weight[at]
-    log_prob = flow.log_prob(x)
+    context = None if source.context is None else source.context[at]
+    log_prob = flow.log_prob(x, context)
     kept = np.isfinite(log_prob) & (weight > 0)
     if kept.sum() < 2:
         problem = f"of {len(x):,} rows {int(kept.sum())} can be drawn: the others are not finite, or of weight 0"
         raise DataError(about_file(source.name, problem, "leave --plot out, or look at the data"))
     x, weight, log_prob = x[kept], weight[kept], log_prob[kept]
-    samples: FloatArray = flow.sample(len(x), seed)
+    context = None if context is None else context[kept]  # samples are drawn at the rows' own
+    samples: FloatArray = flow.sample(len(x), seed, context)
     return Compared(
-        x, samples, flow.forward(x)[0], log_prob, flow.log_prob(samples), weight,
+        x, samples, flow.forward(x, context)[0], log_prob, flow.log_prob(samples, context), weight,
         flow.info.columns or source.info.columns or flow.names, flow.spec.prior, source.weight is not None,
     )  # fmt: skip
 
@@ -346,8 +349,8 @@ def plot_scores(
     Raises as ``score_file``, and MissingExtra where matplotlib is not installed.
     """
     check_plots(target, overwrite, checkpoint, plain_data(data))
-    flow = load(checkpoint, backend=open_backend(device, threads))
-    source = open_source(data, "test")
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, 1)
         compared = compare(flow, source, seed)
