@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +118,7 @@ def fit(
     Parameters
     ----------
     flow : NICE
-    data : (n, d) array, or a path "FILE.h5" or "FILE.h5:/dataset"
+    data : (n, d) array or pandas table, or a path "FILE.h5" or "FILE.h5:/dataset"
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
@@ -156,7 +157,7 @@ def fit(
         An argument will not do; nothing has been changed then.
     """
     if not isinstance(flow, NICE):
-        raise TypeError(f"flow must be a NICE, got {flow!r}")
+        raise TypeError(f"flow must be a NICE, got {reprlib.repr(flow)}")
     called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
     spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
