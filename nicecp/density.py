@@ -18,11 +18,12 @@ from nicecp.context import Context
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend
 from nicecp.native import CFunction, Snapshot
-from nicecp.preprocessing import Step
+from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import SECTIONS, Reader, model_tree, read_context, read_model
 from nicecp.spec import ModelSpec, whole_number
 from nicecp.store import read_tree, write_tree
+from nicecp.transforms import ColumnStep
 
 FloatArray = NDArray[np.float64]
 
@@ -106,7 +107,11 @@ class Density(ABC):
 
         Dequantized values count as unbounded: the flow has a density, small as it is, beyond their range.
         """
-        return np.tile([-np.inf, np.inf], (self.dim, 1))
+        ends = unbounded = np.tile([[-np.inf], [np.inf]], (1, self.dim))
+        for step in reversed(self.preprocessing):
+            column_by_column = isinstance(step, (ColumnStep, Standardize, Dequantize))
+            ends = step.inverse(ends) if column_by_column else unbounded
+        return np.ascontiguousarray(ends.T)
 
     # --- as a distribution ------------------------------------------------------------------------
 

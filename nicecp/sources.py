@@ -172,7 +172,7 @@ class ArraySource:
             raise TypeError(f"{name}: expected integers or floats, got {no_numbers(values)}")
         if values.ndim < 2:
             raise DataError(about_file(name, f"expected rows of columns, got shape {values.shape}", "pass (n, d)"))
-        n = len(values)
+        n, self._shape = len(values), values.shape
         shape = as_image_shape(values.shape[1:], int(np.prod(values.shape[1:]))) if values.ndim > 2 else None
         values = values.reshape(n, -1) if n else values.reshape(0, int(np.prod(values.shape[1:])))
         check_size(name, n, values.shape[1])
@@ -196,6 +196,11 @@ class ArraySource:
     @property
     def n_rows(self) -> int:
         return int(self._values.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that was given."""
+        return self._shape
 
     @property
     def n_features(self) -> int:

@@ -135,6 +135,12 @@ def order_of(spec: ModelSpec) -> list[int]:
     return list(range(d)) if spec.partition == "halves" else [*range(0, d, 2), *range(1, d, 2)]
 
 
+def logit(x: F64, low: F64, width: F64, margin: float) -> tuple[F64, F64]:
+    """x : (n, k) in low..low + width -> z : (n, k), and each row's own part of log abs det : (n,)."""
+    p = margin + (1 - 2 * margin) * (x - low) / width
+    return np.log(p / (1 - p)), -np.log(p * (1 - p)).sum(axis=1)
+
+
 def gather(n: int, source: NDArray[Any], index: NDArray[np.int64], state: F64) -> NDArray[Any]:
     """The rows of source : (m,) or (m, k) that belong to the batch at state[CURSOR]; 0 for padding."""
     batch = index[int(state[Slot.CURSOR]) * n : (int(state[Slot.CURSOR]) + 1) * n]
