@@ -110,7 +110,7 @@ def _report(error: Exception) -> int:
         return fail(f"{_sentence(error.format_message())} (see {where} --help)")
     if isinstance(error, click.ClickException):
         return fail(error.format_message())
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) and not isinstance(error, NicecpError):
         return fail(f"not enough memory ({error}); use smaller settings" if str(error) else "not enough memory")
     if isinstance(error, OSError):
         if _on_stdout(error):
