@@ -1,9 +1,9 @@
 """cuBLASLt by ctypes: matrix products that can be captured in a CUDA graph, with bias, ReLU and their gradients inside.
 
-CuPy refuses its own cuBLAS calls while a stream is captured (https://github.com/cupy/cupy/issues/6290). The kept binding,
-nvmath-python's, would bring cuda-core and a cuda-bindings of no fixed version; these dozen functions have been the same
-since CUDA 11 and need no package but the library itself. Values and structures are those of cublasLt.h; a test compares
-them with the header where that is installed.
+CuPy refuses its own cuBLAS calls while a stream is captured (https://github.com/cupy/cupy/issues/6290). The kept
+binding, nvmath-python's, would bring cuda-core and a cuda-bindings of no fixed version; these dozen functions have been
+the same since CUDA 11 and need no package but the library itself. Values and structures are those of cublasLt.h; a test
+compares them with the header where that is installed.
 
 cuBLASLt counts columns first. A row-major matrix is the transpose of a column-major one, so that
 out = op(a) op(b) is computed as out^T = op(b)^T op(a)^T: its A is our b, its B our a, its rows our columns.
@@ -163,7 +163,8 @@ class Plan:
         single = kind.dtype == "float32"
         real = R_32F if single else R_64F
         compute = (COMPUTE_32F_FAST_TF32 if products.tf32 else COMPUTE_32F) if single else COMPUTE_64F
-        self._one, self._zero = (c_float(1), c_float(0)) if single else (c_double(1), c_double(0))
+        number: Any = c_float if single else c_double
+        self._one, self._zero = number(1), number(0)
         self._description = products.new("MatmulDescCreate", compute, real)
         self._set(TRANSA, c_int32(OP_T if kind.transpose_b else OP_N))
         self._set(TRANSB, c_int32(OP_T if kind.transpose_a else OP_N))
@@ -189,7 +190,7 @@ class Plan:
     def _choose(self) -> bool:
         products = self._products
         preference = products.new("MatmulPreferenceCreate")
-        settings = [(MAX_WORKSPACE_BYTES, c_uint64(WORKSPACE))]
+        settings: list[tuple[int, Any]] = [(MAX_WORKSPACE_BYTES, c_uint64(WORKSPACE))]
         settings += [(attribute, ctypes.c_uint32(self._kind.alignment)) for attribute in MIN_ALIGNMENT]
         for attribute, value in settings:
             products.call("MatmulPreferenceSetAttribute", preference, attribute, byref(value), sizeof(value))
@@ -202,8 +203,9 @@ class Plan:
         self._algorithm = best.algo
         return bool(status == 0 and count.value > 0 and best.state == 0 and best.workspace <= WORKSPACE)
 
-    def run(self, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: int) -> None:
-        """Launch with these addresses; ``workspace`` has WORKSPACE bytes and is that of the stream."""
+    def run(self, arrays: tuple[int, int, int], bias: int, aux: int, workspace: int, stream: int) -> None:
+        """Launch; arrays : addresses of a, b and out. ``workspace`` has WORKSPACE bytes and is that of the stream."""
+        a, b, out = arrays
         self._point(bias, aux)
         left, right, d = self._layouts
         self._products.call(

@@ -59,7 +59,7 @@ def unit_of(kernel: str) -> str:
 def text(unit: str) -> str:
     """All that is compiled for a unit."""
     topic, suffix = _split(unit)
-    parts = [_definitions(suffix), "#line 1 \"cuda_common.h\"", _file("cuda_common.h")]
+    parts = [_definitions(suffix), '#line 1 "cuda_common.h"', _file("cuda_common.h")]
     parts += [f'#line 1 "cuda_{topic}.cu"', _file(f"cuda_{topic}.cu")]
     return "\n".join(parts)
 

@@ -186,8 +186,8 @@ def _check_versions(driver: tuple[int, int], installed: Sequence[str]) -> None:
         raise _Problem(f"cupy-cuda11x is too old: pip uninstall cupy-cuda11x, then {_install(driver)}")
     if needs is not None and driver[0] < needs:
         raise _Problem(
-            f"{names[0]} needs a driver for CUDA {needs}, this one supports {driver[0]}.{driver[1]}: update the driver, or "
-            f"pip uninstall {names[0]}, then {_install(driver)}"
+            f"{names[0]} needs a driver for CUDA {needs}, this is one for {driver[0]}.{driver[1]}: update the driver, "
+            f"or pip uninstall {names[0]}, then {_install(driver)}"
         )
 
 

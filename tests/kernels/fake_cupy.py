@@ -1,4 +1,4 @@
-"""A stand-in for CuPy on a machine without a GPU: arrays in host memory, streams that remember what was launched on them.
+"""A stand-in for CuPy on a machine without a GPU: arrays in host memory, streams that remember what was launched.
 
 Work is carried out when the host waits for it, in an order that the streams and events allow, and not before: what was
 launched without waiting for what it needs reads old numbers. Side work is put off as long as possible.

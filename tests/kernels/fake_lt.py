@@ -1,7 +1,7 @@
 """A stand-in for libcublasLt: descriptors as the documentation describes them, products by NumPy on real addresses.
 
-It knows nothing of rows-first matrices: what it computes is D = op(A) op(B) of column-major matrices with the documented
-epilogues, so that a test sees whether nicecp.kernels.cublaslt asks for what it means.
+It knows nothing of rows-first matrices: what it computes is D = op(A) op(B) of column-major matrices with the
+documented epilogues, so that a test sees whether nicecp.kernels.cublaslt asks for what it means.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nicecp.kernels.cublaslt import PROTOTYPES
 
 NUMBERS = {0: np.dtype(np.float32), 1: np.dtype(np.float64)}
 
@@ -41,9 +43,10 @@ class FakeLt:
         self.made: list[dict[Any, Any]] = [{}]
         self.status = 0
         self.run: Callable[[int, Callable[[], None]], None] = lambda stream, work: work()
-        for name in ("Create", "MatmulDescCreate", "MatmulDescSetAttribute", "MatrixLayoutCreate", "MatmulPreferenceCreate",
-                     "MatmulPreferenceSetAttribute", "MatmulAlgoGetHeuristic", "Matmul"):  # fmt: skip
+        for name in PROTOTYPES:
             setattr(self, "cublasLt" + name, self._function(name))
+        self.cublasLtGetVersion = lambda: 130101
+        self.cublasLtGetStatusString = lambda status: b"words for %d" % status
 
     def _function(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -53,12 +56,6 @@ class FakeLt:
             return result
 
         return call
-
-    def cublasLtGetVersion(self) -> int:
-        return 130101
-
-    def cublasLtGetStatusString(self, status: int) -> bytes:
-        return b"words for %d" % status
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
@@ -123,8 +120,8 @@ class FakeLt:
         return int(k)
 
     def _Matmul(
-        self, handle: Any, desc: Any, alpha: Any, a: Any, left: Any, b: Any, right: Any, beta: Any, c: Any, c_layout: Any,
-        d: Any, d_layout: Any, algorithm: Any, workspace: Any, size: int, stream: Any,
+        self, handle: Any, desc: Any, alpha: Any, a: Any, left: Any, b: Any, right: Any, beta: Any, c: Any,
+        c_layout: Any, d: Any, d_layout: Any, algorithm: Any, workspace: Any, size: int, stream: Any,
     ) -> None:  # fmt: skip
         about = dict(self.made[plain(desc)])
         layouts = [self.made[plain(layout)] for layout in (left, right, d_layout)]

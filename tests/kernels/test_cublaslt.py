@@ -1,4 +1,4 @@
-"""cuBLASLt's descriptors: what is asked of the library computes what the driver's protocol says (fake_lt computes it)."""
+"""cuBLASLt: what is asked of the library computes what the driver's protocol says (fake_lt computes it)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def product(lt: FakeLt, out: Any, a: Any, b: Any, bias: Any = None, aux: Any = N
     kind = cublaslt.kind_of(out.dtype, out.shape, k, alignment=cublaslt.alignment_of(address(out), *pointers), **given)
     plan = products.plan(kind, *pointers)
     assert plan is not None
-    plan.run(address(a), address(b), address(out), *pointers, WORKSPACE, 5)
+    plan.run((address(a), address(b), address(out)), pointers[0], pointers[1], WORKSPACE, 5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -122,7 +122,7 @@ def test_a_refusal_is_a_device_error_with_the_library_s_words() -> None:
     assert plan is not None
     lt.status = 13
     with pytest.raises(DeviceError, match="cuBLASLt refuses Matmul \\(status 13, words for 13\\)"):
-        plan.run(1, 1, 1, 0, 0, WORKSPACE, 0)
+        plan.run((1, 1, 1), 0, 0, WORKSPACE, 0)
     with pytest.raises(DeviceError, match="not float16"):
         cublaslt.kind_of(np.float16, (1, 1), 1)
 

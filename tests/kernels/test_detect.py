@@ -1,4 +1,4 @@
-"""Why a GPU cannot be used, each reason simulated: a driver library of our own, distributions and a CuPy that pretend."""
+"""Why a GPU cannot be used, each reason simulated: a driver library of our own, packages and a CuPy that pretend."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_usable_gpu(world: World) -> None:
         (
             {"VERSION": 12080},
             ("cupy-cuda13x",),
-            ("cupy-cuda13x needs a driver for CUDA 13, this one supports 12.8", "'nicecp[cuda12]'"),
+            ("cupy-cuda13x needs a driver for CUDA 13, this is one for 12.8", "'nicecp[cuda12]'"),
         ),
         ({}, ("cupy-cuda11x",), ("cupy-cuda11x is too old", "'nicecp[cuda13]'")),
     ],
