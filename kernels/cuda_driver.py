@@ -64,7 +64,7 @@ Epilogue: TypeAlias = Bias | ReluBias | MaskedBiasGradient | BiasGradient
 
 
 class Driver(Protocol):
-    """A device. Calls launch and return; nothing but ``alloc``, ``to_host`` and ``synchronize`` waits for the device."""
+    """A device. Calls launch and return; only ``alloc``, ``to_host`` and ``synchronize`` wait for the device."""
 
     @property
     def name(self) -> str:
