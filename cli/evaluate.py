@@ -52,6 +52,7 @@ def evaluate(
     comparing: bool,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Mean log-likelihood of CHECKPOINT's flow on data.
@@ -62,12 +63,12 @@ def evaluate(
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.scoring import score
 
-    result = score(checkpoint, data, split, seed, device, threads)
+    result = score(checkpoint, data, split, seed, device, threads, precision)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, data, split, seed, device, threads)
+        others = compare(checkpoint, data, split, seed, device, threads, precision)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

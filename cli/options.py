@@ -83,7 +83,7 @@ def json_option(command: F) -> F:
 
 
 def machine_options(function: F) -> F:
-    """--device and --threads."""
+    """--device, --precision and --threads."""
     threads = click.option(
         "--threads",
         type=click.IntRange(1, 1024),
@@ -95,9 +95,15 @@ def machine_options(function: F) -> F:
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where to compute.",
+        help="Where to compute; auto is the GPU where one can be used (nicecp doctor), else the CPU.",
     )
-    return device(threads(function))
+    precision = click.option(
+        "--precision",
+        type=click.Choice(["full", "tf32"]),
+        show_default="full, or the checkpoint's",
+        help="Of float32 matrix products on a GPU; tf32 is faster and rounds their factors to 10 bits.",
+    )
+    return device(precision(threads(function)))
 
 
 def command(name: str, examples: str) -> Callable[[F], click.Command]:

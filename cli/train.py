@@ -251,6 +251,7 @@ _NAMES = (
     "dtype",
     "preset",
     "optimizer",
+    "precision",
 )
 _OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization")}
 _SWITCHES = {

@@ -104,6 +104,10 @@ class Backend(ABC):
     def copy_out(self, src: Array) -> NDArray[Any]:
         """A new host array with the device array's content."""
 
+    def assign(self, dst: Array, src: Array) -> None:
+        """dst = src, device arrays of one shape and dtype, in the order of the calls."""
+        dst[...] = src
+
     @abstractmethod
     def computing(self) -> AbstractContextManager[None]:
         """Hold the number of BLAS threads that was asked for, and only for as long as the context lasts."""

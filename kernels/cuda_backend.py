@@ -80,6 +80,12 @@ class CudaBackend(Backend):
         with self._lock:
             return self.driver.to_host(src)
 
+    def assign(self, dst: Array, src: Array) -> None:
+        if dst.shape != src.shape:
+            raise ValueError(f"cannot assign an array of shape {src.shape} to one of shape {dst.shape}")
+        if dst.size:
+            self.copy_columns(dst.reshape(1, -1), 0, src.reshape(1, -1), 0, dst.size)
+
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -11,6 +11,7 @@ algorithm in the middle of a capture would break it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,9 @@ class CupyDriver:
         self._workspaces: dict[int, Array] = {}
         self._ready: dict[Kind, bool] = {}
         self._staging = Staging(cupy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_driver, (self.precision,)
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -357,8 +361,12 @@ def _bytes(shape: int | Sequence[int], dtype: DTypeLike) -> int:
     return int(np.prod(dims, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
+@functools.cache
 def open_driver(precision: str = "float32") -> CupyDriver:
-    """The driver of the current GPU; DeviceError with the reason where there is none that can be used."""
+    """The driver of the current GPU, one for each precision in a process.
+
+    Raises DeviceError, with the reason, where no GPU can be used.
+    """
     from nicecp.kernels import detect
 
     problem = detect.problem()

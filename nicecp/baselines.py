@@ -72,6 +72,7 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> list[Baseline]:
     """Baselines fitted to the rows that a checkpoint's flow was trained on, scored on those that scoring.score means.
 
@@ -81,7 +82,7 @@ def compare(
 
     Raises as score; DataError also where the training rows are not in the data.
     """
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, data, part)
     try:

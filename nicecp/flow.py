@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nicecp.calls import Call, Calls
-from nicecp.kernels import get_backend
+from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import Array, Backend, Purpose
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
@@ -51,6 +51,8 @@ class NICE:
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
         Applied to data in order before the couplings; log-densities are reported in the space before them.
+    precision : "full" or "tf32"
+        Of float32 matrix products on a GPU; "tf32" is faster and rounds their factors to 10 bits.
     device, threads
         See nicecp.kernels.get_backend.
 
@@ -69,6 +71,7 @@ class NICE:
         coupling: str | Sequence[str] = "additive",
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
+        precision: str = "full",
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
@@ -76,7 +79,7 @@ class NICE:
         laws = coupling if isinstance(coupling, str) else tuple(coupling)
         couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
         name = "float64" if open_dtype else dtype_name(dtype)
-        spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name)
+        spec = ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name, precision=precision)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -122,7 +125,7 @@ class NICE:
                         f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
                     )
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
-        self.backend = backend
+        self.backend = backend = with_precision(backend, spec.precision)
         self.network = Network(spec, backend)
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)

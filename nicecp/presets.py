@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 from nicecp.optimizers import AdaM, Optimizer, RMSProp, optimizer_from
 from nicecp.spec import DTYPES, LAWS, CouplingSpec, ModelSpec, alternating
@@ -172,13 +173,14 @@ class Settings:
     whiten: str = "none"  # nicecp.whitening.KINDS
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
+    precision: str = "full"  # nicecp.kernels.PRECISIONS
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden, self.couplings, self.coupling)
         if self.hidden_by_coupling is not None:
             each = zip(couplings, self.hidden_by_coupling, strict=True)
             couplings = tuple(CouplingSpec(c.law, c.conditions_on, c.transforms, hidden) for c, hidden in each)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype)
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, precision=self.precision)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -290,6 +292,10 @@ def check(settings: Settings) -> None:
     """ValueError for the first setting that is out of bounds; the model's and the loop's classes check theirs again."""
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    if settings.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}")
+    if settings.precision == "tf32" and settings.dtype != "float32":
+        raise ValueError(f"precision must be full for {settings.dtype}: tf32 is for float32")
     if settings.prior not in PRIORS:
         raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
     if settings.init not in INITS:

@@ -117,9 +117,9 @@ class Recovery:
     def _go_back(self, why: str) -> None:
         """The best model (at first the one that training began with), moments 0, a lower rate."""
         trainer, backend = self._trainer, self._trainer.backend
-        trainer.p[...] = trainer.best
-        trainer.m[...] = 0
-        trainer.v[...] = 0
+        backend.assign(trainer.p, trainer.best)
+        for moment in (trainer.m, trainer.v):
+            backend.copy_in(moment, np.zeros(moment.shape, moment.dtype))
         self.bad_steps = 0
         if sum(event.kind == WENT_BACK for event in trainer.record.events) >= TIMES:
             problem = f"epoch {trainer.record.epoch + 1}: {why}, after going back to the best model {TIMES} times"

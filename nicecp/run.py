@@ -19,6 +19,7 @@ from nicecp.evaluate import Evaluation, evaluate
 from nicecp.fitting import preprocessing_for
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
+from nicecp.kernels import with_precision
 from nicecp.kernels.backend import Slot
 from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
@@ -157,7 +158,7 @@ class Run:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = open_backend(device, threads)
+            backend = with_precision(open_backend(device, threads), settings.precision, required=True)
             steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
             check_finite(splits)
             steps += whitening_step(

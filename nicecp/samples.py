@@ -40,6 +40,7 @@ def write_samples(
     columns: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
 
@@ -55,7 +56,7 @@ def write_samples(
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     check_output(out, overwrite, checkpoint)
-    flow = load(checkpoint, backend=open_backend(device, threads))
+    flow = load(checkpoint, backend=open_backend(device, threads), precision=precision)
     if suffix == ".png":
         check_drawable(flow, checkpoint)
     # The prior's draw, the rows, and copies on the way.

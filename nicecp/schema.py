@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.errors import CheckpointError, about_file
+from nicecp.kernels import PRECISIONS
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
 from nicecp.spec import DTYPES, CouplingSpec, ModelSpec
@@ -22,7 +23,6 @@ from nicecp.store import Attribute, Tree, newer, strings
 
 FORMAT = "nicecp"
 FORMAT_VERSION = 1
-PRECISIONS = ("full",)
 
 MAX_FEATURES = 1 << 24
 MAX_COUPLINGS = 1024

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 
 DTYPES = ("float32", "float64")
@@ -85,6 +86,10 @@ class ModelSpec:
             raise ValueError(f"unknown prior {self.prior!r}: expected one of {', '.join(sorted(PRIORS))}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if self.precision == "tf32" and self.dtype != "float32":
+            raise ValueError(f"precision tf32 is for float32 flows, this one is {self.dtype}")
         if self.partition not in PARTITIONS:
             raise ValueError(f"unknown partition {self.partition!r}: expected one of {', '.join(PARTITIONS)}")
         if self.n_context != 0:

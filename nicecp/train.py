@@ -122,7 +122,7 @@ class Trainer:
         host = np.zeros(Slot.SIZE)
         config.optimizer.write(host)
         backend.copy_in(self.state, host)
-        self.best[...] = self.p
+        backend.assign(self.best, self.p)
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
         self._ws = network.workspace(config.batch_size, keep=True)
         self._loader = Loader(flow, config.batch_size)
@@ -220,7 +220,7 @@ class Trainer:
             while not self.finished and not self._stop:
                 self._run_epoch()
         if self.finished:
-            self.p[...] = self.best
+            self.backend.assign(self.p, self.best)
             if self.record.best_epoch == 0:
                 problem = "no epoch had a finite validation log-likelihood"
                 raise TrainingError(f"{problem}; lower the learning rate (--lr) or look at the data")
@@ -268,7 +268,7 @@ class Trainer:
         self.record.epoch = epoch
         best = self.record.best_valid_log_likelihood
         if self._evaluator is None or (math.isfinite(valid) and not valid <= best):  # at first best is NaN
-            self.best[...] = self.p
+            self.backend.assign(self.best, self.p)
             self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
             self.stale_epochs = 0
         else:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nicecp.data import column_stats
 from nicecp.errors import DataError, about_file
+from nicecp.kernels import get_backend
 from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
 from nicecp.loading import loading
 from nicecp.optimizers import RMSProp
@@ -53,6 +54,8 @@ def whitening_step(
         raise ValueError(f"regularization is for whitening by zca or gaussian, got {regularization} with {kind!r}")
     if kind == "none":
         return ()
+    if backend.device != "cpu":
+        backend = get_backend("cpu")  # linear algebra in float64, by NumPy
     with backend.computing():
         if kind == "zca":
             return (fit_zca(train, steps, regularization),)
