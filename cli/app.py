@@ -28,6 +28,7 @@ COMMANDS = {
     "inpaint": ("nicecp.cli.inpaint", "inpaint", "Fill in hidden pixels of images."),
     "plot": ("nicecp.cli.plot", "plot", "Figures: samples, spectrum, manifold, curve."),
     "info": ("nicecp.cli.info", "info", "What a checkpoint or a data file holds."),
+    "doctor": ("nicecp.cli.doctor", "doctor", "What this machine offers, and whether it computes rightly."),
     "data": ("nicecp.cli.data", "data", "Convert data to the HDF5 files that training reads."),
 }
 EXAMPLES = """\b

@@ -371,6 +371,6 @@ def open_driver(precision: str = "float32") -> CupyDriver:
 
     problem = detect.problem()
     if problem:
-        raise DeviceError(f"device 'cuda': {problem}")
+        raise DeviceError(f"device 'cuda': {problem} (without a GPU: --device cpu)")
     products = cublaslt.Products(cublaslt.library(), tf32=precision == "tf32")
     return CupyDriver(detect.import_cupy(), products, precision)
