@@ -115,3 +115,21 @@ KERNEL(copy_columns)(real* __restrict__ out, const real* __restrict__ x, int64 n
         out[at.row * out_width + out_start + at.column] = x[at.row * x_width + x_start + at.column];
     }
 }
+
+// z : (n, k) = log(p) - log(1 - p), p = margin + (1 - 2 margin) (x - shift) scale, in float64; z may be x.
+// log_det : (n,) = (first) or += the sum over columns of log |dz / dx|, which is log((1 - 2 margin) scale / (p (1 - p))).
+KERNEL(logit_forward)(real* z, double* __restrict__ log_det, const real* x, const double* __restrict__ shift,
+                      const double* __restrict__ scale, double margin, int64 n, int k, int first) {
+    const double width = 1.0 - 2.0 * margin;
+    for (int64 i = first_row(); i < n; i += all_rows()) {
+        double total = 0.0;
+        for (int c = threadIdx.x; c < k; c += blockDim.x) {
+            const double p = margin + width * ((x[i * k + c] - shift[c]) * scale[c]);
+            const double up = log(p), down = log1p(-p);
+            z[i * k + c] = static_cast<real>(up - down);
+            total += log(width * fabs(scale[c])) - up - down;
+        }
+        total = row_sum(total);
+        if (threadIdx.x == 0) log_det[i] = first ? total : log_det[i] + total;
+    }
+}

@@ -88,18 +88,40 @@ class CupyDriver:
             self._staging.to_host(out, self.address(src), self._main)
             return out
 
-    def assign(self, dst: Array, src: Array) -> None:
-        """dst[...] = src on the device, of the same shape and dtype, both C-contiguous; in order with the launches."""
-        self._check_copy(dst, src)
-        if dst.nbytes:
-            runtime = self.cupy.cuda.runtime
-            with self._reporting("copy on the GPU"):
-                runtime.memcpyAsync(
-                    self.address(dst), self.address(src), dst.nbytes, runtime.memcpyDeviceToDevice, self._current.ptr
-                )
-
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
+
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    @property
+    def xp(self) -> Any:
+        return self.cupy
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        if self._capturing:
+            raise RuntimeError("CuPy's own arithmetic is not captured")
+        with self._reporting("compute"), self._main:
+            self._join()
+            yield
+
+    def borrow(self, x: Any) -> Array:
+        # PyTorch makes our stream wait for its own. CuPy makes it wait for the current one, which then is ours.
+        with self._reporting("take over an array"):
+            self._main.wait_event(self._mark(self.cupy.cuda.get_current_stream()))
+            with self._main:
+                return self.cupy.from_dlpack(x)
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        # CuPy's pool gives memory back to the stream that it was allocated on. It is the caller who will drop this.
+        with self._reporting("allocate", shape, dtype):
+            array = self.cupy.empty(shape, np.dtype(dtype))
+            self._main.wait_event(self._mark(self.cupy.cuda.get_current_stream()))
+            return array
+
+    def hand_over(self) -> None:
+        self._join()
+        self.cupy.cuda.get_current_stream().wait_event(self._mark(self._main))
 
     def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """A host array in page-locked memory, which ``upload`` reads while the GPU computes."""

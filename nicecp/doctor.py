@@ -117,7 +117,7 @@ def _threads(count: object) -> str:
 
 def _numba_cache() -> Finding:
     """Whether compiled kernels are kept from one process to the next: otherwise each waits some 15 s for them."""
-    from nicecp.kernels.numba_backend import replay
+    from nicecp.kernels._numba_tape import replay
 
     cache = getattr(replay, "_cache", None)
     folder = getattr(cache, "cache_path", None)

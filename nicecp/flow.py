@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from nicecp.arrays import DeviceRows, check_rows, refuse_overflow
 from nicecp.calls import Call, Calls
 from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import Array, Backend, Purpose
@@ -56,7 +57,8 @@ class NICE:
     device, threads
         See nicecp.kernels.get_backend.
 
-    Log-densities are in nats and float64. Calls do not share buffers: several threads may use one flow.
+    Log-densities are in nats and float64. Calls do not share buffers: several threads may use one flow. A flow on a GPU
+    takes CuPy and other DLPack arrays there, and answers with CuPy arrays in its dtype (nicecp.arrays).
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class NICE:
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
+        self._there = DeviceRows(backend, self._calls, spec.n_features, spec.dtype, preprocessing)
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -189,6 +192,8 @@ class NICE:
             A finite row gave NaN: the parameters are broken.
         """
         self._refuse_context(context)
+        if self.backend.owns(x):
+            return self._there.log_prob(x, self._preprocessing_log_det, dtype)
         rows, shape = self._rows(x)
         out = np.empty(len(rows), np.float64)
 
@@ -197,18 +202,20 @@ class NICE:
 
         bad = self._run("density", rows, score)
         out += self._preprocessing_log_det
-        self._refuse_overflow(np.isnan(out) & ~bad, "log_prob")
+        refuse_overflow(np.isnan(out) & ~bad, "log_prob")
         out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
         if shape == ():
             return float(out[0])
         return out.reshape(shape).astype(dtype, copy=False)
 
-    def grad_log_prob(self, x: ArrayLike, context: None = None) -> FloatArray:
+    def grad_log_prob(self, x: ArrayLike, context: None = None) -> Any:
         """d log p / d x in nats per unit of x: (..., d) -> (..., d) float64. Rows that are not finite give NaN.
 
         Raises as log_prob.
         """
         self._refuse_context(context)
+        if self.backend.owns(x):
+            return self._there.grad_log_prob(x)
         rows, shape = self._rows(x)
         out = np.empty(rows.shape, np.float64)
 
@@ -219,7 +226,7 @@ class NICE:
             out[at] = gradient
 
         bad = self._run("gradient", rows, differentiate)
-        self._refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
+        refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
         out[bad] = np.nan
         return out.reshape(*shape, self.n_features)
 
@@ -245,12 +252,13 @@ class NICE:
 
     # --- the bijection ----------------------------------------------------------------------------
 
-    def forward(self, x: ArrayLike) -> tuple[FloatArray, Any]:
+    def forward(self, x: ArrayLike) -> tuple[Any, Any]:
         """x : (..., d) -> latent h : (..., d) and log abs det dh/dx : (...), a float for one row, in nats."""
+        constant = self.network.log_det(self._views) + self._preprocessing_log_det
+        if self.backend.owns(x):
+            return self._there.forward(x, constant)
         rows, shape = self._rows(x)
-        out = np.empty(rows.shape, np.float64)
-
-        log_det = np.full(len(rows), self.network.log_det(self._views) + self._preprocessing_log_det)
+        out, log_det = np.empty(rows.shape, np.float64), np.full(len(rows), constant)
 
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
@@ -260,11 +268,13 @@ class NICE:
         out[self._run("latent", rows, transform)] = np.nan
         return self._with_log_det(out, shape, log_det)
 
-    def inverse(self, h: ArrayLike) -> tuple[FloatArray, Any]:
+    def inverse(self, h: ArrayLike) -> tuple[Any, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
-        rows, shape = self._rows(h, integers=True)
-        out = np.empty(rows.shape, np.float64)
-        log_det = np.full(len(rows), -self.network.log_det(self._views) - self._preprocessing_log_det)
+        constant = -self.network.log_det(self._views) - self._preprocessing_log_det
+        if self.backend.owns(h):
+            return self._there.inverse(h, constant)
+        rows, shape = self._rows(h, latent=True)
+        out, log_det = np.empty(rows.shape, np.float64), np.full(len(rows), constant)
         for start in range(0, len(rows), CHUNK):
             at = slice(start, start + CHUNK)
             self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64))
@@ -299,6 +309,8 @@ class NICE:
         if not 0 <= seed < 2**64:
             raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
+        if self.backend.device != "cpu" and self._there.usable:
+            return np.asarray(self._there.sample(n, lambda h, first: fill(h, seed, Purpose.SAMPLE, 0, first)))
         out = np.empty((n, self.n_features), np.float64)
         for start in range(0, n, CHUNK):
             part = out[start : start + CHUNK]
@@ -322,21 +334,13 @@ class NICE:
         if context is not None:
             raise ValueError("this flow has no context (n_context = 0): leave context out")
 
-    def _rows(self, x: ArrayLike, integers: bool = False) -> tuple[NDArray[Any], tuple[int, ...]]:
+    def _rows(self, x: ArrayLike, latent: bool = False) -> tuple[NDArray[Any], tuple[int, ...]]:
         """x : (..., d) -> (n, d) rows as they are, and the leading shape."""
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError("expected a plain array, got a masked one: fill or drop the masked values first")
         array = np.asarray(x)
-        if array.dtype.kind not in "fiu":
-            raise TypeError(f"expected real numbers, got an array of dtype {array.dtype}")
         eight_bit = any(isinstance(step, Dequantize) for step in self.preprocessing)
-        if array.dtype.kind in "iu" and eight_bit and not integers:
-            raise TypeError(
-                f"expected dequantized values, got {array.dtype}: this flow was trained on 8-bit data, "
-                "pass low + (high - low) * (k + u) / 256 with u uniform in [0, 1)"
-            )
-        if array.ndim == 0 or array.shape[-1] != self.n_features:
-            raise ValueError(f"expected an array of shape (..., {self.n_features}), got {array.shape}")
+        check_rows(array.dtype, array.shape, self.n_features, eight_bit, latent)
         return array.reshape(-1, self.n_features), array.shape[:-1]
 
     @property
@@ -353,13 +357,6 @@ class NICE:
         if bad.any():
             z = np.where(bad[:, None], 0.0, z)
         return z, bad
-
-    def _refuse_overflow(self, rows: NDArray[np.bool_], what: str) -> None:
-        """A row that is finite and comes out as NaN is a mistake somewhere; -inf would hide it."""
-        if rows.any():
-            raise FloatingPointError(
-                f"{what} of row {int(np.argmax(rows))} is not a number though the row is: the flow overflows there"
-            )
 
     def _load(self, halves: Halves, z: FloatArray) -> None:
         self.backend.copy_in(halves[0], z[:, 0::2])

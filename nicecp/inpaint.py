@@ -146,7 +146,7 @@ def inpaint(
 def _gradient(flow: NICE, x: FloatArray, iteration: int) -> FloatArray:
     """d log p / dx; TrainingError where x has left the range of the flow's numbers."""
     try:
-        gradient = flow.grad_log_prob(x)
+        gradient = np.asarray(flow.grad_log_prob(x))
     except FloatingPointError:
         gradient = np.full_like(x, np.nan)
     if not np.isfinite(gradient).all():

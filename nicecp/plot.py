@@ -84,7 +84,7 @@ def sphere(flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int =
 
 def manifold(flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int = 0) -> FloatArray:
     """f^-1 of ``sphere`` : (rows, columns, d) in data space. Source: appendix A.1, figure 7."""
-    return flow.inverse(sphere(flow, rows, columns, radius, seed))[0]
+    return np.asarray(flow.inverse(sphere(flow, rows, columns, radius, seed))[0])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

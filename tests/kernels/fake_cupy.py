@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.kernels.fake_arrays import ARITHMETIC, FakeArray
+
 
 class CUDARuntimeError(RuntimeError):
     pass
@@ -20,31 +22,6 @@ class CUDARuntimeError(RuntimeError):
 
 class OutOfMemoryError(MemoryError):
     pass
-
-
-class FakeArray:
-    """Enough of cupy.ndarray: shape, views, an address."""
-
-    def __init__(self, host: np.ndarray[Any, Any]) -> None:
-        self.host = host
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("shape", "dtype", "size", "nbytes", "flags", "ndim"):
-            return getattr(self.host, name)
-        raise AttributeError(name)
-
-    def __getitem__(self, key: Any) -> FakeArray:
-        return FakeArray(self.host[key])
-
-    def __len__(self) -> int:
-        return len(self.host)
-
-    def reshape(self, *shape: Any) -> FakeArray:
-        return FakeArray(self.host.reshape(*shape))
-
-    @property
-    def data(self) -> SimpleNamespace:
-        return SimpleNamespace(ptr=self.host.ctypes.data)
 
 
 class Event:
@@ -64,10 +41,10 @@ class Event:
 class Stream:
     """A queue: work, or an event of another stream to wait for."""
 
-    def __init__(self, cupy: FakeCupy, non_blocking: bool = False) -> None:
+    def __init__(self, cupy: FakeCupy, non_blocking: bool = False, name: str = "") -> None:
         assert non_blocking, "the legacy stream must not hold up ours"
-        self.cupy, self.ptr = cupy, len(cupy.streams) + 1
-        self.name = ("main", "side", "copy")[len(cupy.streams) % 3]
+        self.cupy, self.ptr = cupy, 0 if name else len(cupy.streams)
+        self.name = name or ("copy", "main", "side")[len(cupy.streams) % 3]
         self.queue: list[Callable[[], None] | Event] = []
         self.done = 0
         cupy.streams[self.ptr] = self
@@ -167,14 +144,14 @@ class Kernel:
 class FakeCupy:
     """The module. ``memory`` : bytes that may still be allocated; ``run_kernel`` : what a kernel does."""
 
-    def __init__(self, memory: int = 2**40) -> None:
+    def __init__(self, memory: int = 2**40, allocate: Callable[..., Any] = np.empty) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.streams: dict[int, Stream] = {}
         self.current: list[Stream] = []
         self.capturing: Graph | None = None
-        self.memory = memory
+        self.memory, self.allocate = memory, allocate
         self.run_kernel: Callable[..., None] = lambda *launched: None
-        self.alive: list[Any] = []
+        self.current.append(Stream(self, non_blocking=True, name="user"))
         runtime = SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDevice=lambda: 0,
@@ -194,6 +171,7 @@ class FakeCupy:
             Stream=lambda non_blocking=False: Stream(self, non_blocking),
             Event=lambda disable_timing=False: Event(self, disable_timing),
             alloc_pinned_memory=self._pinned,
+            get_current_stream=self.get_current_stream,
             nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
         )
 
@@ -204,20 +182,21 @@ class FakeCupy:
     def _memcpy(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
         self.streams[stream].put(f"memcpy {kind}", lambda: ctypes.memmove(dst, src, size) and None)
 
+    def _array(self, shape: Any, dtype: Any) -> FakeArray:
+        """With other numbers in it than anybody wants."""
+        assert self.capturing is None, "memory must not be allocated in a capture"
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size > self.memory:
+            raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
+        self.memory -= size
+        host = self.allocate(shape, dtype)
+        host.reshape(-1).view(np.uint8).fill(0xAA)
+        return FakeArray(self, host)
+
     def _make(self, shape: Any, dtype: Any, value: float) -> FakeArray:
         """Filled by a launch, until when it holds other numbers."""
-        assert self.capturing is None, "memory must not be allocated in a capture"
-        count = int(np.prod(shape))
-        item = np.dtype(dtype)
-        if count * item.itemsize > self.memory:
-            raise OutOfMemoryError(f"Out of memory allocating {count * item.itemsize} bytes")
-        self.memory -= count * item.itemsize
-        raw = np.full(count * item.itemsize + 512, 0xAA, np.uint8)
-        offset = -raw.ctypes.data % 512
-        host = raw[offset : offset + count * item.itemsize].view(item).reshape(shape)
-        self.alive.append(raw)  # a queue may still work on what Python has forgotten, as CuPy's pool allows
-        array = FakeArray(host)
-        self.current[-1].put("fill", lambda: host.fill(value))
+        array = self._array(shape, dtype)
+        self.current[-1].put("fill", lambda: array.host.fill(value))
         return array
 
     def zeros(self, shape: Any, dtype: Any) -> FakeArray:
@@ -226,10 +205,47 @@ class FakeCupy:
     def full(self, shape: Any, value: float, dtype: Any) -> FakeArray:
         return self._make(shape, dtype, value)
 
-    def ascontiguousarray(self, array: FakeArray) -> FakeArray:
-        out = self._make(array.shape, array.dtype, 0)
-        self.current[-1].put("contiguous", lambda: np.copyto(out.host, array.host))
+    def empty(self, shape: Any, dtype: Any) -> FakeArray:
+        return self._array(shape, dtype)
+
+    # --- arithmetic ---------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ARITHMETIC:
+            raise AttributeError(name)
+        return lambda *arguments: self.compute(ARITHMETIC[name], *arguments)
+
+    def get_current_stream(self) -> Stream:
+        return self.current[-1]
+
+    def launch(self, what: str, work: Callable[[], None]) -> None:
+        assert self.capturing is None, f"CuPy's own {what} in a capture"
+        self.current[-1].put(what, work)
+
+    def host_of(self, value: Any) -> Any:
+        """What NumPy computes with; CuPy refuses NumPy's arrays."""
+        if isinstance(value, (list, tuple)):
+            return [self.host_of(item) for item in value]
+        if isinstance(value, np.ndarray):
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        return value.host if isinstance(value, FakeArray) else value
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> FakeArray:
+        """A new array that the current stream will fill with function(arguments)."""
+        hosts = [self.host_of(argument) for argument in arguments]
+        with np.errstate(all="ignore"):
+            like = np.asarray(function(*hosts))
+        out = self._array(like.shape, like.dtype)
+
+        def work() -> None:
+            with np.errstate(all="ignore"):
+                np.copyto(out.host, function(*hosts))
+
+        self.launch(getattr(function, "__name__", "arithmetic"), work)
         return out
+
+    def from_dlpack(self, array: Any) -> FakeArray:
+        return FakeArray(self, array.__dlpack__(stream=self.current[-1].ptr))
 
     def RawModule(self, code: str, options: tuple[str, ...], backend: str) -> Any:
         self.calls.append(("module", code, options, backend))

@@ -135,6 +135,7 @@ class FakeLt:
         self.calls.append(("matmul", about, addresses, plain(workspace), plain(stream)))
         self.run(plain(stream), lambda: self._compute(about, layouts, addresses))
 
+    @np.errstate(all="ignore")
     def _compute(self, about: dict[Any, Any], layouts: list[dict[Any, Any]], addresses: list[int]) -> None:
         dtype, epilogue = NUMBERS[about["scale"]], about[7]
         a, b, d = (
@@ -142,8 +143,7 @@ class FakeLt:
             for address, layout in zip(addresses, layouts, strict=True)
         )
         a, b = (matrix.T if about[transpose] else matrix for matrix, transpose in ((a, 3), (b, 4)))
-        with np.errstate(invalid="ignore"):
-            result = (a @ b).astype(dtype)
+        result = (a @ b).astype(dtype)
         m = d.shape[0]
         vector = column_major(about[8], dtype, m, 1, m)[:, 0] if epilogue != 1 else np.zeros(0)
         mask = None

@@ -101,13 +101,31 @@ def test_views_that_are_not_contiguous_are_read_too(setup: Setup) -> None:
         setup.driver.to_device(array, np.zeros((2, 3), np.float32))
 
 
-def test_assign_keeps_its_place_among_the_launches(setup: Setup) -> None:
+def test_arithmetic_of_cupy_keeps_its_place_among_the_launches(setup: Setup) -> None:
     a, b = setup.put(np.full(3, 1.0)), setup.put(np.zeros(3))
+    with setup.driver.side():
+        setup.scale(a, 2)
+    with setup.driver.arithmetic():
+        b[...] = a + a
     setup.scale(a, 2)
-    setup.driver.assign(b, a)
-    setup.scale(a, 2)
-    assert setup.driver.to_host(b).tolist() == [2.0] * 3
-    setup.driver.assign(b[:0], a[:0])
+    assert setup.driver.to_host(b).tolist() == [4.0] * 3
+    assert setup.driver.xp is setup.cupy
+
+
+def test_arrays_of_others_come_in_and_go_out_in_order(setup: Setup) -> None:
+    """What the user's stream has launched comes first, and what it launches later comes after our work."""
+    theirs = setup.cupy.zeros(2, np.float64)
+    theirs[...] = 3.0
+    ours = setup.driver.borrow(theirs)
+    assert ours.data.ptr == theirs.data.ptr
+    out = setup.driver.result(2, np.float64)
+    setup.scale(ours, 5)
+    with setup.driver.arithmetic():
+        out[...] = ours
+    setup.driver.hand_over()
+    later = out + out
+    assert bool((later - 30.0).any()) is False
+    assert ("wait", "user", "main") in setup.cupy.calls
 
 
 def test_uploads_run_beside_the_work_and_behind_what_came_before(setup: Setup) -> None:
@@ -115,7 +133,8 @@ def test_uploads_run_beside_the_work_and_behind_what_came_before(setup: Setup) -
     seen = setup.put(np.zeros(3))
     source = setup.driver.pinned(3, np.float64)
     source[:] = 7
-    setup.driver.assign(seen, array)  # still reads the old numbers
+    with setup.driver.arithmetic():
+        seen[...] = array  # still reads the old numbers
     start = len(setup.cupy.calls)
     token = setup.driver.upload(array, source)
     assert ("memcpy 1", "copy") in setup.cupy.calls[start:]
@@ -313,6 +332,7 @@ def test_what_would_break_a_capture_is_refused(setup: Setup) -> None:
     for step, message in (
         (lambda: setup.driver.alloc(3, np.float32), "memory was asked for while a step is captured"),
         (lambda: setup.driver.prepare(out, x, x), "was not made ready"),
+        (lambda: setup.driver.arithmetic().__enter__(), "is not captured"),
         (lambda: setup.driver.capture(lambda: None), "being captured already"),
     ):
         with pytest.raises(RuntimeError, match=message):

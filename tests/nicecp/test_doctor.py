@@ -21,8 +21,10 @@ from nicecp.kernels import detect
 
 NO_DRIVER = detect.Found(problem="no NVIDIA driver was found (libcuda.so.1): install it")
 NO_CUPY = detect.Found(
-    (13, 0), (detect.Gpu("Fake H200", 2**37, (9, 0)), detect.Gpu("Other", 2**30, (7, 5))), (), "", "", "CuPy is not installed: pip"
-)  # fmt: skip
+    (13, 0),
+    (detect.Gpu("Fake H200", 2**37, (9, 0)), detect.Gpu("Other", 2**30, (7, 5))),
+    problem="CuPy is not installed: pip",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,7 @@ def test_a_device_that_breaks_when_used_is_a_problem() -> None:
 
 
 def test_no_cache_folder_and_missing_packages_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nicecp.kernels.numba_backend.replay", SimpleNamespace(_cache=None))
+    monkeypatch.setattr("nicecp.kernels._numba_tape.replay", SimpleNamespace(_cache=None))
     finding = nicecp.doctor._numba_cache()
     assert finding.problem
     assert "NUMBA_CACHE_DIR" in finding.text
