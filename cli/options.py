@@ -49,6 +49,15 @@ def interval(text: str) -> tuple[float, int | None]:
     return seconds, None
 
 
+def byte_size(text: str) -> int:
+    """Bytes of '8GiB', '500MB' or '2000000'."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")) if found else 0
+    if not 0 < size < 2**50:
+        raise click.BadParameter(f"{text!r} is not a size such as 8GiB or 500MB")
+    return size
+
+
 def value_range(text: str) -> tuple[float, float]:
     """Two numbers 'LO,HI'."""
     try:

@@ -10,6 +10,7 @@ import click
 from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
+    byte_size,
     command,
     data_name,
     hidden_sizes,
@@ -150,6 +151,13 @@ def _number_options(function: Any) -> Any:
 )
 @machine_options
 @click.option(
+    "--device-memory-limit",
+    type=byte_size,
+    metavar="SIZE",
+    show_default="all there is",
+    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+)
+@click.option(
     "--checkpoint-every",
     type=interval,
     metavar="TIME|EPOCHS",
@@ -252,6 +260,7 @@ _NAMES = (
     "preset",
     "optimizer",
     "precision",
+    "device_memory_limit",
 )
 _OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization")}
 _SWITCHES = {

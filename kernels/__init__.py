@@ -7,10 +7,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from nicecp.errors import DeviceError
-from nicecp.kernels.backend import Backend
+from nicecp.kernels.backend import Backend, Slot
 
 if TYPE_CHECKING:
     from nicecp.kernels.cuda_driver import Driver
+
+__all__ = ["DEVICES", "PRECISIONS", "Backend", "Slot", "get_backend", "open_driver", "with_precision"]
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("full", "tf32")  # of float32 matrix products

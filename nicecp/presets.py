@@ -15,6 +15,7 @@ from nicecp.whitening import KINDS
 VALID_FRACTION = 1 / 6
 RANGE = (0.0, 1.0)
 INITS = ("paper", "he")
+MAY_CHANGE = ("epochs", "patience", "device_memory_limit")  # of a run that is resumed
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class Settings:
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     precision: str = "full"  # nicecp.kernels.PRECISIONS
+    device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
 
     def model_spec(self, n_features: int) -> ModelSpec:
         couplings = alternating(self.hidden, self.couplings, self.coupling)
@@ -316,6 +318,9 @@ def check(settings: Settings) -> None:
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    limit = settings.device_memory_limit
+    if limit is not None and limit < 1:
+        raise ValueError(f"device_memory_limit must be at least 1 byte, got {limit}")
     if settings.patience is not None and settings.patience < 1:
         raise ValueError(f"patience must be at least 1, got {settings.patience}")
     if not 0 <= settings.seed < 2**64:
@@ -333,9 +338,9 @@ def contradiction(
 ) -> str:
     """The first setting given that differs from a run's own, as 'name is X in the run, Y was asked for', or ''.
 
-    epochs and patience may differ: a run can be extended.
+    Settings in MAY_CHANGE may differ: a run can be extended.
     """
-    values = {name: value for name, value in given.items() if value is not None and name not in ("epochs", "patience")}
+    values = {name: value for name, value in given.items() if value is not None and name not in MAY_CHANGE}
     if values.get("dtype") == "auto":
         del values["dtype"]
     if preset != "auto":

@@ -19,13 +19,12 @@ from nicecp.evaluate import Evaluation, evaluate
 from nicecp.fitting import preprocessing_for
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
-from nicecp.kernels import with_precision
-from nicecp.kernels.backend import Slot
+from nicecp.kernels import Slot, with_precision
 from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
-from nicecp.presets import Settings, check, contradiction, resolve, valid_fraction_of
+from nicecp.presets import MAY_CHANGE, Settings, check, contradiction, resolve, valid_fraction_of
 from nicecp.records import RunRecord, note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
@@ -92,6 +91,7 @@ class Run:
             settings.patience,
             settings.seed,
             settings.window,
+            settings.device_memory_limit,
         )
         self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
@@ -191,7 +191,7 @@ class Run:
     ) -> Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
 
-        epochs and patience may be given anew; any other setting must be the run's own or None. The same machine and
+        What is in MAY_CHANGE may be given anew; any other setting must be the run's own or None. The same machine and
         threads give the same bits as a run that was never interrupted. With ``allow_changed_data`` other rows of the
         same kind will do; the running epoch then begins anew.
 
@@ -242,7 +242,7 @@ class Run:
         if different:
             remedy = "leave it out, or start a new run with another --out"
             raise CheckpointError(about_file(out, different, remedy))
-        changes = {name: given[name] for name in ("epochs", "patience") if given.get(name) is not None}
+        changes = {name: given[name] for name in MAY_CHANGE if given.get(name) is not None}
         settings = replace(settings, **changes)
         check(settings)
         backend = open_backend(device, record.threads if threads is None else threads)

@@ -12,6 +12,7 @@ import numpy as np
 
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
+from nicecp.feed import Fed, Feed
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
@@ -20,7 +21,7 @@ from nicecp.params import Range
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
-from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
+from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split
 
 logger = logging.getLogger("nicecp")
 
@@ -31,7 +32,10 @@ UPDATE_BY_LAYER = 2**17
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping."""
+    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
+
+    device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
+    """
 
     epochs: int = 100
     batch_size: int = 200
@@ -39,6 +43,7 @@ class TrainConfig:
     patience: int | None = None
     seed: int = 0
     window: int = SHUFFLE_WINDOW
+    device_memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "window", "seed"):
@@ -127,13 +132,10 @@ class Trainer:
         self._ws = network.workspace(config.batch_size, keep=True)
         self._loader = Loader(flow, config.batch_size)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
-        # Steps read these two arrays at every window, so that a recorded step stays valid.
-        capacity = min(len(train), self.reader.window + config.batch_size)
-        self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
-        self._data: Array = None
-        self._window: Window | None = None
+        self._feed = Feed(backend, self.reader, config.device_memory_limit)
+        self._fed: Fed | None = None
         self._batches_left = 0
-        self._runnable: Callable[[], None] | None = None
+        self._steps: dict[int, Callable[[], None]] = {}  # recorded, for each slot of the feed
         self._recovery = Recovery(self)
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -145,7 +147,9 @@ class Trainer:
         """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
         backend, ws = self.backend, self._ws
         seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
-        self._loader.load(ws, self._data, self._index, self._rows, self.state, seed, purpose)
+        fed = self._fed
+        assert fed is not None
+        self._loader.load(ws, fed.data, fed.index, fed.rows, self.state, seed, purpose)
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER
@@ -162,25 +166,21 @@ class Trainer:
                 self.record.epoch += 1
             if self.position == 0:
                 self._begin_epoch()
-            self._open(next(self.reader.epoch(self.record.epoch + 1, self.position)))
+            self._open(next(self._feed.epoch(self.record.epoch + 1, self.position)))
         self._next_batch()
 
     def _next_batch(self) -> None:
-        assert self._runnable is not None
-        self._runnable()
+        assert self._fed is not None
+        self._steps[self._fed.slot]()
         self._batches_left -= 1
         self.position += 1
 
-    def _open(self, window: Window) -> None:
-        """Make a window of rows the one that steps read."""
-        count = len(window.index)
-        self.backend.copy_in(self._index[:count], window.index)
-        self.backend.copy_in(self._rows[:count], window.rows)
+    def _open(self, fed: Fed) -> None:
+        """Make these rows the ones that steps read."""
         self._set(CURSOR=0.0)
-        if self._window is None or self._window.data is not window.data:
-            self._data = self.backend.asarray(window.data)
-            self._runnable = self.backend.record(self._step)
-        self._window, self._batches_left = window, window.n_batches
+        self._fed, self._batches_left = fed, fed.n_batches
+        if fed.fresh or fed.slot not in self._steps:
+            self._steps[fed.slot] = self.backend.record(self._step)
         self._recovery.window_opened()
 
     def _set(self, **slots: float) -> None:
@@ -236,8 +236,8 @@ class Trainer:
         started = time.perf_counter()
         if self.position == 0:
             self._begin_epoch()
-        for window in self.reader.epoch(self.record.epoch + 1, self.position):
-            self._open(window)
+        for fed in self._feed.epoch(self.record.epoch + 1, self.position):
+            self._open(fed)
             while self._batches_left:
                 self._next_batch()
                 self._recovery.after_step(self._batches_left == 0)

@@ -7,6 +7,7 @@ launched without waiting for what it needs reads old numbers. Side work is put o
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,10 @@ class Stream:
             graph.open.add(self.ptr)
 
     def carry_out(self, until: int) -> None:
+        with self.cupy.lock:  # several threads may wait for the same work
+            self._carry_out(until)
+
+    def _carry_out(self, until: int) -> None:
         while self.done < until:
             item = self.queue[self.done]
             self.done += 1
@@ -149,7 +154,7 @@ class FakeCupy:
         self.streams: dict[int, Stream] = {}
         self.current: list[Stream] = []
         self.capturing: Graph | None = None
-        self.memory, self.allocate = memory, allocate
+        self.memory, self.allocate, self.lock = memory, allocate, threading.RLock()
         self.run_kernel: Callable[..., None] = lambda *launched: None
         self.current.append(Stream(self, non_blocking=True, name="user"))
         runtime = SimpleNamespace(

@@ -114,11 +114,11 @@ def test_arithmetic_of_cupy_keeps_its_place_among_the_launches(setup: Setup) -> 
 
 def test_arrays_of_others_come_in_and_go_out_in_order(setup: Setup) -> None:
     """What the user's stream has launched comes first, and what it launches later comes after our work."""
+    out = setup.driver.result(2, np.float64)
     theirs = setup.cupy.zeros(2, np.float64)
     theirs[...] = 3.0
     ours = setup.driver.borrow(theirs)
     assert ours.data.ptr == theirs.data.ptr
-    out = setup.driver.result(2, np.float64)
     setup.scale(ours, 5)
     with setup.driver.arithmetic():
         out[...] = ours

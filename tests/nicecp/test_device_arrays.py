@@ -196,6 +196,7 @@ def test_training_and_all_that_follows(device: Any) -> None:
         )
         trainer = Trainer(flow, train, valid, TrainConfig(epochs=3, batch_size=16))
         record = trainer.run()
+        backend.copy_in(trainer.p, np.zeros(trainer.p.shape))
         trainer._recovery._go_back("for this test")
         assert np.array_equal(backend.copy_out(trainer.p), backend.copy_out(trainer.best))
         assert not backend.copy_out(trainer.m).any()
