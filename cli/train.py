@@ -30,7 +30,9 @@ EXAMPLES = """\
   nicecp train --data demo
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
-  nicecp train --data table.h5 --coupling affine --hidden 2x64 --out table-run.h5
+  nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
+  nicecp train --data table.h5 --transform auto --out table-run.h5
+  nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
@@ -87,7 +89,7 @@ def _number_options(function: Any) -> Any:
     type=hidden_sizes,
     metavar="SIZES",
     show_default=PRESET,
-    help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none.",
+    help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none; different ones as 3x64/2x64/64.",
 )
 @click.option("--couplings", type=click.IntRange(1, 1024), show_default=PRESET, help="Coupling layers.")
 @click.option(
@@ -96,6 +98,18 @@ def _number_options(function: Any) -> Any:
     metavar="LAW[,LAW...]",
     show_default="additive",
     help="What a coupling does: additive (shifts), multiplicative (scales) or affine (both); several take turns.",
+)
+@click.option(
+    "--partition",
+    type=click.Choice(["odd-even", "halves", "random"]),
+    show_default=PRESET,
+    help="The two parts of the columns that couplings change in turn; random: two halves drawn by the seed.",
+)
+@click.option(
+    "--partition-file",
+    type=data_name,
+    metavar="FILE.txt",
+    help="Their permutation: all 0-based column numbers as text; the first half (rounded up) is the first part.",
 )
 @click.option(
     "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."
@@ -145,9 +159,25 @@ def _number_options(function: Any) -> Any:
     show_default="0",
     help="Added to the variances that zca and gaussian whitening divide by.",
 )
+@click.option(
+    "--transform",
+    metavar="KIND|COLUMN=KIND,...",
+    show_default=PRESET,
+    help="Transforms of single float columns, before standardisation: none; auto, which says what it chose and why; or "
+    "for each column standardize, log(LOW), logit(LOW:HIGH), student, quantile, angle(PERIOD) or recorded(STEP), "
+    "several joined by +; COLUMN is a name, a number from 0, or * for all others (docs/tables.md).",
+)
 @click.option("--no-standardize", is_flag=True, help="Use float columns as they are.")
 @click.option(
     "--allow-constant", is_flag=True, help="Accept constant float columns (the likelihood is then unbounded)."
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["store", "halves", "recompute"]),
+    show_default="store",
+    help="What a step keeps for its backward pass. halves: what couplings read and change; networks are computed "
+    "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
+    "with depth; checked every epoch.",
 )
 @machine_options
 @click.option(
@@ -182,6 +212,8 @@ def train(
     allow_changed_data: bool,
     preset: str,
     optimizer: str | None,
+    partition: str | None,
+    partition_file: str | None,
     range_: tuple[float, float] | None,
     no_standardize: bool,
     allow_constant: bool,
@@ -207,10 +239,13 @@ def train(
         raise click.UsageError("--dry-run is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
+    if partition is not None and partition_file is not None:
+        raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
         "numbers": {name: given.pop(f"number_{name}") for _, name, _, _ in _NUMBERS},
+        "partition": partition,
         "value_range": range_,
         "standardize": False if no_standardize else None,
         "allow_constant": True if allow_constant else None,
@@ -224,8 +259,11 @@ def train(
     run: Run | None = None
     try:
         from nicecp.cli import training
+        from nicecp.partition import order_from_file
         from nicecp.run import Run
 
+        if partition_file is not None:
+            settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
         if resume is not None:
             run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
@@ -261,8 +299,13 @@ _NAMES = (
     "optimizer",
     "precision",
     "device_memory_limit",
+    "partition",
 )
-_OPTIONS |= {name: "--" + name.replace("_", "-") for name in (*_NAMES, "valid_fraction", "whiten", "regularization")}
+_OPTIONS["order"] = "--partition-file"
+_OPTIONS |= {
+    name: "--" + name.replace("_", "-")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations", "transform")
+}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",
@@ -273,6 +316,8 @@ def in_options(message: str) -> str:
     """A message about a setting as the library words it, with the option in place of the setting's name."""
     for words, better in _SWITCHES.items():
         message = message.replace(words, better)
+    if message.startswith("a partition needs"):  # of how many columns, the file with them does not say
+        return f"--partition-file: {message}"
     found = re.fullmatch(r"(optimizer \w+) has no setting (\w+); it has (.*)", message)
     if found is not None:
         known = ", ".join(_OPTIONS.get(name, name) for name in found[3].split(", "))

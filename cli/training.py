@@ -14,8 +14,9 @@ from nicecp.cli.progress import Display
 from nicecp.describe import model_line, plain, source_line, splits_line
 from nicecp.evaluate import Evaluation
 from nicecp.machine import as_bytes, blas_version
+from nicecp.outcome import Outcome
 from nicecp.plan import cost_of_run, time_steps
-from nicecp.run import Outcome, Run
+from nicecp.run import Run
 
 OUTPUT_FAILED = 2
 
@@ -65,6 +66,7 @@ def beginning(run: Run) -> list[str]:
         f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
         f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}",
     ]
+    lines += [f"column {event.message}" for event in run.trainer.record.events if event.kind == "transform"]
     if run.resumed:
         lines.append(f"resumed after {_position(run)} of the next")
     return lines

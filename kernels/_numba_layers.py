@@ -116,6 +116,28 @@ def join(x, x0, x1):  # type: ignore[no-untyped-def]
             x[i, 2 * c + 1] = x1[i, c]
 
 
+@kernel
+def split_ordered(x0, x1, x, order):  # type: ignore[no-untyped-def]
+    """x : (n, d) -> x0 : (n, d0), the columns order[:d0], x1 : (n, d1), the others."""
+    d0 = x0.shape[1]
+    for i in range(x.shape[0]):
+        for c in range(d0):
+            x0[i, c] = x[i, order[c]]
+        for c in range(x1.shape[1]):
+            x1[i, c] = x[i, order[d0 + c]]
+
+
+@kernel
+def join_ordered(x, x0, x1, order):  # type: ignore[no-untyped-def]
+    """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), its columns order[:d0] and the others."""
+    d0 = x0.shape[1]
+    for i in range(x.shape[0]):
+        for c in range(d0):
+            x[i, order[c]] = x0[i, c]
+        for c in range(x1.shape[1]):
+            x[i, order[d0 + c]] = x1[i, c]
+
+
 # --- scaling and prior ----------------------------------------------------------------------------
 
 _LOG2E = 1.0 / math.log(2.0)

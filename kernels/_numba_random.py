@@ -92,6 +92,58 @@ def load_floats(x0, x1, weight, data, index, shift, scale):  # type: ignore[no-u
 
 
 @kernel
+def load_bytes_ordered(x0, x1, weight, data, index, rows, place, shift, scale, epoch, seed, purpose):  # type: ignore[no-untyped-def]
+    """As load_bytes, for any partition: column c of data goes to column place[c] of x0 and x1 side by side."""
+    n, d0 = x0.shape
+    d = data.shape[1]
+    k0 = np.uint64(seed) & _MASK
+    k1 = np.uint64(seed) >> _32
+    c2 = np.uint64(epoch)
+    for i in range(n):
+        at = index[i]
+        if at < 0:
+            weight[i] = 0.0
+            x0[i] = 0.0
+            x1[i] = 0.0
+            continue
+        weight[i] = 1.0
+        row = np.uint64(rows[i])
+        c1 = row & _MASK
+        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        for block in range((d + 7) // 8):
+            words = _philox(np.uint64(block), c1, c2, c3, k0, k1)
+            for c in range(block * 8, min(block * 8 + 8, d)):
+                word = words[c % 8 // 2]
+                bits = (word >> _16) if c % 2 else (word & _HALF_WORD)
+                value = np.int64(data[at, c]) * 65536 + np.int64(bits)
+                x = shift[c] + scale[c] * (value * _UNIT24)
+                to = place[c]
+                if to < d0:
+                    x0[i, to] = x
+                else:
+                    x1[i, to - d0] = x
+
+
+@kernel
+def load_floats_ordered(x0, x1, weight, data, index, order, shift, scale):  # type: ignore[no-untyped-def]
+    """As load_floats, for any partition: x0 gets the columns order[:d0], x1 the others."""
+    n, d0 = x0.shape
+    for i in range(n):
+        at = index[i]
+        if at < 0:
+            weight[i] = 0.0
+            x0[i] = 0.0
+            x1[i] = 0.0
+            continue
+        weight[i] = 1.0
+        for c in range(d0):
+            x0[i, c] = (data[at, order[c]] - shift[order[c]]) * scale[order[c]]
+        for c in range(x1.shape[1]):
+            source = order[d0 + c]
+            x1[i, c] = (data[at, source] - shift[source]) * scale[source]
+
+
+@kernel
 def fill_uniform(out, seed, purpose, epoch, first_row):  # type: ignore[no-untyped-def]
     """out : (n, k) = 16 bits * 2^-16."""
     n, k = out.shape

@@ -9,9 +9,10 @@ import numpy as np
 from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
+from nicecp.kernels._numba_columns import copy_columns, gather
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
-from nicecp.kernels._numba_random import load_bytes, load_floats
+from nicecp.kernels._numba_random import load_bytes, load_bytes_ordered, load_floats, load_floats_ordered
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 from nicecp.kernels.tape import Field, Op
@@ -24,6 +25,7 @@ _BIAS_RELU_BACKWARD, _COUPLE, _LOSS = Op.BIAS_RELU_BACKWARD, Op.COUPLE, Op.LOSS
 _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
+_GATHER, _COPY_COLUMNS = Op.GATHER, Op.COPY_COLUMNS
 _STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
@@ -38,17 +40,18 @@ def _vector(address, size, like):  # type: ignore[no-untyped-def]
     return carray(pointer(address, like), size)
 
 
+@inlined
+def _load_floats(x0, x1, weight, data, index, order, shift, scale, interleaved):  # type: ignore[no-untyped-def]
+    if interleaved:
+        load_floats(x0, x1, weight, data, index, shift, scale)
+    else:
+        load_floats_ordered(x0, x1, weight, data, index, order, shift, scale)
+
+
 @kernel
 def _load(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
-    n, d, m, purpose, seed, wide, rows_given = (
-        number[0],
-        number[1],
-        number[2],
-        number[3],
-        number[4],
-        number[5],
-        number[6],
-    )
+    n, d, m, purpose = number[0], number[1], number[2], number[3]
+    seed, wide, rows_given, interleaved = number[4], number[5], number[6], number[7] != 0
     d0, d1, size = (d + 1) // 2, d // 2, item_size(one)
     state = _vector(at[8], _STATE, _DOUBLE)
     first = np.int64(state[_CURSOR]) * n + a
@@ -59,13 +62,39 @@ def _load(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         return
     index, rows = _vector(at[4] + 8 * first, b - a, _INTEGER), _vector(at[5] + 8 * first, b - a, _INTEGER)
     shift, scale = _vector(at[6], d, _DOUBLE), _vector(at[7], d, _DOUBLE)
+    order = _vector(at[9], d, _INTEGER)  # of bytes its inverse: noise comes by the data's columns
     if code == _LOAD_BYTES:
-        epoch = np.int64(state[_EPOCH])
-        load_bytes(x0, x1, weight, _matrix(at[3], m, d, _BYTE), index, rows, shift, scale, epoch, seed, purpose)
+        epoch, data = np.int64(state[_EPOCH]), _matrix(at[3], m, d, _BYTE)
+        if interleaved:
+            load_bytes(x0, x1, weight, data, index, rows, shift, scale, epoch, seed, purpose)
+        else:
+            load_bytes_ordered(x0, x1, weight, data, index, rows, order, shift, scale, epoch, seed, purpose)
     elif wide:
-        load_floats(x0, x1, weight, _matrix(at[3], m, d, _DOUBLE), index, shift, scale)
+        _load_floats(x0, x1, weight, _matrix(at[3], m, d, _DOUBLE), index, order, shift, scale, interleaved)
     else:
-        load_floats(x0, x1, weight, _matrix(at[3], m, d, _SINGLE), index, shift, scale)
+        _load_floats(x0, x1, weight, _matrix(at[3], m, d, _SINGLE), index, order, shift, scale, interleaved)
+
+
+@kernel
+def _beside(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
+    n = b - a  # rows
+    if code == _COPY_COLUMNS:
+        to, width, start, from_, size = number[0], number[1], number[2], number[3], item_size(one)
+        out, x = _matrix(at[0] + a * to * size, n, to, one), _matrix(at[1] + a * width * size, n, width, one)
+        copy_columns(out, start, x, from_, number[4])
+        return
+    all_rows, k, m, given, out_wide, wide = number[0], number[1], number[2], number[3], number[4] != 0, number[5] != 0
+    first = np.int64(_vector(at[3], _STATE, _DOUBLE)[_CURSOR]) * all_rows + a
+    known = first >= 0 and first + n <= given  # beyond the window is padding, and nothing is read
+    index = _vector(at[2] + 8 * first if known else at[2], n if known else 0, _INTEGER)
+    if out_wide and wide:
+        gather(_matrix(at[0] + 8 * a * k, n, k, _DOUBLE), _matrix(at[1], m, k, _DOUBLE), index)
+    elif out_wide:
+        gather(_matrix(at[0] + 8 * a * k, n, k, _DOUBLE), _matrix(at[1], m, k, _SINGLE), index)
+    elif wide:
+        gather(_matrix(at[0] + 4 * a * k, n, k, _SINGLE), _matrix(at[1], m, k, _DOUBLE), index)
+    else:
+        gather(_matrix(at[0] + 4 * a * k, n, k, _SINGLE), _matrix(at[1], m, k, _SINGLE), index)
 
 
 @kernel
@@ -109,10 +138,15 @@ def _elementwise(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         d0, d1 = (d + 1) // 2, d // 2
         x0, x1 = _matrix(at[0] + a * d0 * size, b - a, d0, one), _matrix(at[1] + a * d1 * size, b - a, d1, one)
         x = _matrix(at[2] + a * d * size, b - a, d, one)
-        if code == _SPLIT:
+        order, interleaved = _vector(at[3], d, _INTEGER), number[1] != 0
+        if code == _SPLIT and interleaved:
             layers.split(x0, x1, x)
-        else:
+        elif code == _SPLIT:
+            layers.split_ordered(x0, x1, x, order)
+        elif interleaved:
             layers.join(x, x0, x1)
+        else:
+            layers.join_ordered(x, x0, x1, order)
 
 
 @kernel
@@ -204,6 +238,8 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _load(code, at, number, a, b, one)
             elif code == _SCALE_PRIOR_FORWARD or code == _SCALE_PRIOR_BACKWARD or code == _SCALE_INVERSE:
                 _scale_prior(code, at, number, a, b, one)
+            elif code == _GATHER or code == _COPY_COLUMNS:
+                _beside(code, at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)
             else:

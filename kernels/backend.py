@@ -1,7 +1,8 @@
 """The kernel contract: what a device must be able to do for a flow to train, score and sample on it.
 
-One legend everywhere: n rows, d features, d0 = ceil(d / 2) even features (0-based 0, 2, ...), d1 = floor(d / 2) odd
-features, h hidden units; x data, h latent, y a layer's output, ``dy`` the derivative of the loss by y.
+One legend everywhere: n rows, d features, of which part 0 has d0 = ceil(d / 2) and part 1 d1 = floor(d / 2), h hidden
+units; x data, h latent, y a layer's output, ``dy`` the derivative of the loss by y. A permutation ``order`` of the
+columns says which are in which part, and in which order: by default the even ones (0-based 0, 2, ...), then the odd.
 
 Rules that every implementation keeps:
 
@@ -89,6 +90,7 @@ class Purpose:
     DEMO = 7
     CHECK = 8
     INPAINT = 9
+    PARTITION = 10
 
 
 PRIORS = {"gaussian": 0, "logistic": 1}
@@ -197,6 +199,7 @@ class Backend(ABC):
         data: Array,
         index: Array,
         rows: Array,
+        order: Array,
         shift: Array,
         scale: Array,
         state: Array,
@@ -209,6 +212,9 @@ class Backend(ABC):
         data : (m, d) uint8, float32 or float64; index, rows : (>= (cursor + 1) * n,) int64
             Row i of the batch is data[index[cursor * n + i]]; it is row rows[cursor * n + i] of the file, which keys
             its noise. index < 0 marks padding: zeros with weight 0.
+        order : (d,) int64, a permutation
+            Column c of x0 is data column order[c], column c of x1 is order[d0 + c]. It never changes: an implementation
+            may look at it when the call is made or recorded. Noise is keyed by the data column, whatever the order.
         shift, scale : (d,) float64, in data order
             uint8: x = shift + scale * (65536 k + bits) / 2^24, bits uniform in 0..65535 (column c: block c // 8, word
             c % 8 // 2, low half first), so with shift 0 and scale 1 x is exact in float32 and never 1. Epoch word:
@@ -217,12 +223,27 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def split(self, x0: Array, x1: Array, x: Array) -> None:
-        """x : (n, d) -> x0 : (n, d0) even features, x1 : (n, d1) odd features.  Pair: join."""
+    def split(self, x0: Array, x1: Array, x: Array, order: Array) -> None:
+        """x : (n, d) -> x0 : (n, d0), x1 : (n, d1), by ``order`` as in load_batch.  Pair: join."""
 
     @abstractmethod
-    def join(self, x: Array, x0: Array, x1: Array) -> None:
-        """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), interleaved.  Pair: split."""
+    def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
+        """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
+
+    @abstractmethod
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        """out[i] = source[index[cursor * n + i]], cast to out's dtype, and 0 where that index is negative.
+
+        out : (n,) or (n, k) float64 or the flow's dtype; source : (m,) or (m, k) float32 or float64; index : as of
+        load_batch; state : CURSOR is read. So a batch gets what belongs to its rows: context, weights.
+        """
+
+    @abstractmethod
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        """out[:, out_start:out_start+count] = x[:, x_start:x_start+count]; out, x : (n, ·), two arrays, one dtype.
+
+        The other columns of out stay as they are.
+        """
 
     # --- dense layers -----------------------------------------------------------------------------
 

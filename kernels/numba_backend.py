@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from nicecp.kernels import _numba_random as random
-from nicecp.kernels._numba_native import gemm_address
-from nicecp.kernels._numba_tape import replay
-from nicecp.kernels.backend import ALIGNMENT, Array, Backend, Ready, Slot
-from nicecp.kernels.blas_threads import blas_threads
-from nicecp.kernels.pool import Crew
-from nicecp.kernels.tape import ANY, Op, Range, Span, Tape, span
+from nicecp.kernels.backend import Array, Ready, Slot
+from nicecp.kernels.numba_calls import NumbaCalls
+from nicecp.kernels.tape import ANY, Op, Range, span
 
 _LINE = 64  # bytes: slices of columns begin on cache lines
 _SLICED_PRODUCT = 2**21  # multiplications from which a product is cut into parts, some 0.03 ms
 _SLICED_UPDATE = 2**15  # elements from which an update or a sum is, and numbers from which a fill is
 _SLICED_ROWS = 2**14  # numbers from which loading, scaling or scoring is cut by rows or columns: some 0.03 ms
-_CREW_WORK = 2**25  # multiplications in several parts from which a tape is worth waking other threads
 
 
-def available_threads() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class _Recording(threading.local):
-    """What this thread is recording."""
-
-    tape: Tape | None = None
-    owner: int | None = None  # the thread that updates are for
-    later: tuple[Callable[[], None], ...] = ()  # put off until the next products are due
-
-
-class NumbaBackend(Backend):
+class NumbaBackend(NumbaCalls):
     """See Backend.  threads=None: BLAS keeps its own threads, all else runs in the calling thread.
 
     Every operation is a call on a tape (kernels/tape.py) that compiled code replays: at once, or, between ``record``
@@ -58,122 +34,6 @@ class NumbaBackend(Backend):
     name = "numba"
     device = "cpu"
 
-    def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        self.blas_threads = threads
-        self.threads = threads if threads is not None else available_threads()
-        self._parts = threads if threads is not None else 1  # of what is worth cutting
-        self._crew = Crew(self._parts)
-        self._recording = _Recording()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return NumbaBackend, (self.blas_threads,)
-
-    # --- arrays -----------------------------------------------------------------------------------
-
-    def alloc(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
-        dims = (shape,) if isinstance(shape, int) else tuple(shape)
-        item = np.dtype(dtype)
-        size = int(np.prod(dims, dtype=np.int64)) * item.itemsize
-        raw = np.zeros(size + ALIGNMENT, np.uint8)
-        offset = -raw.ctypes.data % ALIGNMENT
-        return raw[offset : offset + size].view(item).reshape(dims)
-
-    def asarray(self, host: NDArray[Any]) -> Array:
-        return np.ascontiguousarray(host)
-
-    def copy_in(self, dst: Array, src: NDArray[Any]) -> None:
-        if dst.shape != src.shape:
-            raise ValueError(f"cannot copy an array of shape {src.shape} into one of shape {dst.shape}")
-        dst[...] = src
-
-    def copy_out(self, src: Array) -> NDArray[Any]:
-        return np.array(src)
-
-    def computing(self) -> AbstractContextManager[None]:
-        if self.blas_threads is None:
-            return nullcontext()
-        gemm_address(np.float64)  # loads the BLAS whose threads are limited
-        return blas_threads.limit(1)
-
-    # --- calls ------------------------------------------------------------------------------------
-
-    def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        return self.player(self.write_down(step))
-
-    def write_down(self, step: Callable[[], None]) -> Tape:
-        """The calls of a step, not carried out."""
-        recording = self._recording
-        if recording.tape is not None:
-            raise RuntimeError("a step is being recorded by this thread already")
-        tape = recording.tape = Tape()
-        try:
-            step()
-            self._catch_up()
-        finally:
-            recording.tape, recording.later = None, ()
-        return tape
-
-    def synchronize(self) -> None:
-        """Calls return when their work is done."""
-
-    def _call(
-        self,
-        op: int,
-        over: Range,
-        real: Sequence[Array | None],
-        other: Sequence[Array],
-        numbers: Sequence[int],
-        writes: Sequence[Array | Span | None],
-        reads: Sequence[Array | Span | None],
-        work: int = 0,
-    ) -> None:
-        """Put a call on the tape that is being recorded, or carry it out. writes, reads : arrays, or Spans of them."""
-        recording = self._recording.tape
-        tape = Tape() if recording is None else recording
-        several = self._parts > 1 and recording is not None  # else nobody waits for anybody
-        tape.add(op, over, real, other, numbers, _spans(writes, several), _spans(reads, several), work)
-        if recording is None:
-            self.player(tape)()
-
-    def player(self, tape: Tape) -> Callable[[], None]:
-        """A runnable that carries out the calls of a tape."""
-        calls = tape.finish()
-        one = np.float64(1) if tape.dtype is None else tape.dtype.type(1)
-        gemm = gemm_address(one.dtype)
-        threads = self._parts if tape.work >= _CREW_WORK else 1
-        if threads == 1:
-
-            def alone(keep: object = tape) -> None:
-                replay(calls, 0, 1, 0, gemm, one)
-
-            return alone
-        sync = self.alloc(16, np.int64)
-        address = sync.ctypes.data
-
-        def work(me: int, crew: int) -> None:
-            replay(calls, me, crew, address, gemm, one)
-
-        def abort() -> None:
-            sync[8] = 1
-
-        def together(keep: object = tape) -> None:
-            sync[:] = 0
-            self._crew.run(work, threads, abort)
-
-        return together
-
-    def _cut(self, extent: int, work: int, least: int, grain: int) -> Range:
-        """A range, in as many parts as there are threads where the work is worth it."""
-        parts = min(self._parts, -(-extent // grain)) if work >= least else 1
-        return Range(extent, grain, max(1, parts))
-
-    def _catch_up(self) -> None:
-        later, self._recording.later = self._recording.later, ()
-        for call in later:
-            call()
-
     # --- borders ----------------------------------------------------------------------------------
 
     def load_batch(
@@ -184,6 +44,7 @@ class NumbaBackend(Backend):
         data: Array,
         index: Array,
         rows: Array,
+        order: Array,
         shift: Array,
         scale: Array,
         state: Array,
@@ -191,22 +52,43 @@ class NumbaBackend(Backend):
         purpose: int,
     ) -> None:
         n, (m, d), given = len(x0), data.shape, min(len(index), len(rows))
-        cursor = int(state[Slot.CURSOR])
-        if (cursor + 1) * n > given:
-            raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")
+        _check_cursor(state, n, given)
         if data.dtype not in (np.uint8, np.float32, np.float64):
             raise ValueError(f"data must be uint8, float32 or float64, not {data.dtype}")
-        numbers = (n, d, m, purpose, seed - 2**64 * (seed >= 2**63), data.dtype == np.float64, given)
-        halves, other = (x0, x1), (weight, data, index, rows, shift, scale, state)
+        place, interleaved = _places(order, d)
+        wide = data.dtype == np.float64
+        numbers = (n, d, m, purpose, seed - 2**64 * (seed >= 2**63), wide, given, interleaved)
         op = Op.LOAD_BYTES if data.dtype == np.uint8 else Op.LOAD_FLOATS
+        halves = (x0, x1)
+        other = (weight, data, index, rows, shift, scale, state, place if op == Op.LOAD_BYTES else order)
         over = self._cut(n, n * d, _SLICED_ROWS, 1)
         self._call(op, over, halves, other, numbers, (x0, x1, weight), other[1:], n * d)
 
-    def split(self, x0: Array, x1: Array, x: Array) -> None:
-        self._call(Op.SPLIT, Range(len(x)), (x0, x1, x), (), (x.shape[1],), (x0, x1), (x,))
+    def split(self, x0: Array, x1: Array, x: Array, order: Array) -> None:
+        d = x.shape[1]
+        numbers = (d, _places(order, d)[1])
+        self._call(Op.SPLIT, Range(len(x)), (x0, x1, x), (order,), numbers, (x0, x1), (x,))
 
-    def join(self, x: Array, x0: Array, x1: Array) -> None:
-        self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (), (x.shape[1],), (x,), (x0, x1))
+    def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
+        d = x.shape[1]
+        numbers = (d, _places(order, d)[1])
+        self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (order,), numbers, (x,), (x0, x1))
+
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        n, m, k = len(out), len(source), out.shape[1] if out.ndim > 1 else 1
+        if out.shape[1:] != source.shape[1:] or not {out.dtype.name, source.dtype.name} <= {"float32", "float64"}:
+            raise ValueError(f"cannot gather {source.dtype} {source.shape} into {out.dtype} {out.shape}")
+        _check_cursor(state, n, len(index))
+        numbers = (n, k, m, len(index), out.dtype == np.float64, source.dtype == np.float64)
+        over, reads = self._cut(n, n * k, _SLICED_ROWS, 1), (source, index, state)
+        self._call(Op.GATHER, over, (), (out, *reads), numbers, (out,), reads, n * k)
+
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        (n, width), from_ = out.shape, x.shape[1]
+        if len(x) != n or min(out_start, x_start, count, width - out_start - count, from_ - x_start - count) < 0:
+            raise ValueError(f"columns {x_start}+{count}, {out_start}+{count} are not in {x.shape}, {out.shape}")
+        over, numbers = self._cut(n, n * count, _SLICED_ROWS, 1), (width, from_, out_start, x_start, count)
+        self._call(Op.COPY_COLUMNS, over, (out, x), (), numbers, (out,), (x,), n * count)
 
     # --- dense layers -----------------------------------------------------------------------------
 
@@ -377,7 +259,20 @@ class NumbaBackend(Backend):
         self._crew.run(fill, over.parts, lambda: None)
 
 
-def _spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
-    if not several:
-        return []
-    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]
+def _places(order: Array, d: int) -> tuple[Array, bool]:
+    """The inverse of a permutation : (d,) int64, and whether it is the even columns and then the odd ones.
+
+    ValueError for anything else: compiled code would write beyond its arrays.
+    """
+    if order.dtype != np.int64 or order.shape != (d,) or not np.array_equal(np.sort(order), np.arange(d)):
+        raise ValueError(f"order must be a permutation of 0..{d - 1} as int64")
+    place = np.empty(d, np.int64)
+    place[order] = np.arange(d)
+    d0 = (d + 1) // 2
+    return place, bool((order[:d0] == np.arange(0, d, 2)).all() and (order[d0:] == np.arange(1, d, 2)).all())
+
+
+def _check_cursor(state: Array, n: int, given: int) -> None:
+    cursor = int(state[Slot.CURSOR])
+    if (cursor + 1) * n > given:
+        raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")

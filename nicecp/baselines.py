@@ -23,7 +23,7 @@ from nicecp.kernels.backend import Purpose, Slot
 from nicecp.loading import Loader
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize, Standardize, Step
-from nicecp.presets import PRESETS
+from nicecp.preset_table import PRESETS
 from nicecp.records import RunRecord
 from nicecp.scoring import choose_rows, recorded_settings
 from nicecp.spec import ModelSpec, alternating
@@ -176,8 +176,7 @@ def _head_of(split: Split) -> Split:
     """At most about MAX_ROWS rows of a split: those in its first rows of the file."""
     if len(split) <= MAX_ROWS:
         return split
-    stop = split.start + math.ceil(MAX_ROWS / len(split) * (split.stop - split.start))
-    return Split(split.source, split.start, stop, split.purpose, split.fraction, split.seed, split.member)
+    return split.head(math.ceil(MAX_ROWS / len(split) * (split.stop - split.start)))
 
 
 def _values(flow: NICE, split: Split, seed: int, epoch: int) -> FloatArray:
@@ -195,7 +194,7 @@ def _values(flow: NICE, split: Split, seed: int, epoch: int) -> FloatArray:
             host[Slot.EPOCH], host[Slot.CURSOR] = epoch, i
             backend.copy_in(state, host)
             loader.load(ws, data, index, rows, state, seed, split.purpose)
-            backend.join(x, *ws.x)
+            backend.join(x, *ws.x, bare.network.order)
             part = out[done : done + n]
             part[...] = backend.copy_out(x)[: len(part)]
             done += len(part)

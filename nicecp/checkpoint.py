@@ -20,7 +20,7 @@ from nicecp.flow import NICE
 from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import OPTIMIZERS, Backend, Slot
 from nicecp.records import EpochRecord, Event, Parameters, ResumeState, RunRecord
-from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_model, read_parameters
+from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_context, read_model, read_parameters
 from nicecp.spec import ModelSpec
 from nicecp.store import Attribute, Tree, read_tree, strings, write_tree
 
@@ -123,6 +123,7 @@ def _load(
 ) -> tuple[NICE, RunRecord | None, ResumeState | None]:
     reader = Reader(read_tree(path), path)
     spec, parameters, preprocessing, info = read_model(reader)
+    context = read_context(reader, spec.n_context)
     run = _read_run(reader) if reader.has("/training") else None
     state = None
     if run is not None and reader.has("/resume"):
@@ -132,14 +133,14 @@ def _load(
     if precision is not None:
         backend = with_precision(backend or get_backend(), precision, required=True)
         spec = replace(spec, precision=precision)
-    return NICE.from_spec(spec, parameters, preprocessing, info, backend=backend), run, state
+    return NICE.from_spec(spec, parameters, preprocessing, info, context=context, backend=backend), run, state
 
 
 # --- the record of a run ----------------------------------------------------------------------------------------------
 
 
 def _run_tree(flow: NICE, parameters: Parameters, run: RunRecord) -> Tree:
-    tree = model_tree(flow.spec, parameters, flow.preprocessing, flow.info)
+    tree = model_tree(flow.spec, parameters, flow.preprocessing, flow.info, flow.context)
     attrs: dict[str, Attribute] = {
         "epoch": int(run.epoch),
         "best_epoch": int(run.best_epoch),

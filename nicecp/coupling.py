@@ -21,9 +21,12 @@ from nicecp.spec import CouplingSpec
 class Buffers:
     """What one coupling reads and writes for n rows.
 
-    x, y : (n, d_t) the half that it changes, before and after (one array without keep); condition : (n, d_c); ys : the
-    network's layer outputs, m last; dys : gradients by all of them, the last one None where it is y's; log_det : (n,)
-    float64, or None while all couplings preserve volume; first : whether log_det is begun here.
+    x, y : (n, d_t) the half that it changes, before and after (one array where it is changed in place); condition :
+    (n, d_c); ys : the network's layer outputs, m last; dys : gradients by all of them, the last one None where it is
+    y's; log_det : (n,) float64, or None while all couplings preserve volume; first : whether log_det is begun here.
+
+    With a context : (n, k) the network reads inputs : (n, d_c + k), condition and context beside each other, and
+    dinputs is the gradient by these.
     """
 
     x: Array
@@ -33,10 +36,24 @@ class Buffers:
     dys: list[Array]
     log_det: Array | None
     first: bool
+    context: Array | None = None
+    inputs: Array | None = None
+    dinputs: Array | None = None
+
+    def network_input(self, backend: Backend) -> Array:
+        """What the network reads: the condition, and the context behind it."""
+        if self.inputs is None:
+            return self.condition
+        half = self.condition.shape[1]
+        backend.copy_columns(self.inputs, 0, self.condition, 0, half)
+        backend.copy_columns(self.inputs, half, self.context, 0, self.inputs.shape[1] - half)
+        return self.inputs
 
 
 class Coupling(ABC):
     """A law: what to do with the network's output m. Forward, backward below it, inverse."""
+
+    reads_m = True  # whether backward needs x and m
 
     def __init__(self, spec: CouplingSpec) -> None:
         self.conditions_on = spec.conditions_on
@@ -44,7 +61,7 @@ class Coupling(ABC):
 
     def forward(self, backend: Backend, at: Buffers, layers: Layers) -> None:
         """at.x -> at.y, and at.log_det where the law has one."""
-        mlp_forward(backend, at.ys, at.condition, layers)
+        mlp_forward(backend, at.ys, at.network_input(backend), layers)
         self.apply(backend, at, 1)
 
     def backward(
@@ -63,12 +80,22 @@ class Coupling(ABC):
         dlogp : (n,) float64, the loss's gradient by each row's log-density, of which log_det is a summand.
         """
         dm = self.apply_backward(backend, at, dy, dlogp)
-        mlp_backward(backend, dcondition, grads, [*at.dys[:-1], dm], at.ys, at.condition, layers, ready)
+        inputs, dinputs = at.condition, dcondition
+        if at.inputs is not None:
+            inputs, dinputs = at.inputs, None if dcondition is None else at.dinputs
+        mlp_backward(backend, dinputs, grads, [*at.dys[:-1], dm], at.ys, inputs, layers, ready)
+        if at.inputs is not None and dcondition is not None:  # nobody asks for the gradient by the context
+            backend.copy_columns(dcondition, 0, at.dinputs, 0, dcondition.shape[1])
 
     def inverse(self, backend: Backend, at: Buffers, layers: Layers) -> None:
         """at.y -> at.x, which may be one array."""
-        mlp_forward(backend, at.ys, at.condition, layers)
+        mlp_forward(backend, at.ys, at.network_input(backend), layers)
         self.apply(backend, at, -1)
+
+    def refill(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+        """at.ys as after forward, as far as backward reads them, from at.condition and with the same bits."""
+        read = len(layers) if self.reads_m else len(layers) - 1
+        mlp_forward(backend, at.ys[:read], at.network_input(backend), layers[:read], linear=len(layers) - 1)
 
     @abstractmethod
     def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
@@ -81,6 +108,8 @@ class Coupling(ABC):
 
 class AdditiveCoupling(Coupling):
     """y_t = x_t + m(x_c), y_c = x_c: the Jacobian's determinant is 1."""
+
+    reads_m = False
 
     def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
         source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)

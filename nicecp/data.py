@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import DataSpec, beside, plain_data
 from nicecp.datasets import TEST_NAMES, TRAIN_NAMES, VALID_NAMES, candidates, locate, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import Purpose
 from nicecp.sources import ArraySource, Source, column_label
-from nicecp.split import Split, as_fraction
+from nicecp.split import Split, as_fraction, held_by_weight
 
 DEMO = "demo"
 DEMO_TRAIN, DEMO_TEST = 12_000, 2_000  # rows
@@ -26,6 +27,7 @@ __all__ = [
     "TEST_NAMES",
     "ArraySource",
     "ColumnStats",
+    "DataSpec",
     "Source",
     "Splits",
     "candidates",
@@ -52,6 +54,8 @@ def _demo(role: str) -> ArraySource:
 def open_source(spec: Any, role: str = "train") -> Source:
     """Open data by name: 'FILE.h5', 'FILE.h5:/DATASET', a path object, 'demo' (drawn digits), or an array.
 
+    A DataSpec says where context and weights of the rows come from (nicecp.beside).
+
     For role 'train' a file's dataset is ``train``, ``x_train``, ``images`` or ``data``, else its only numeric dataset
     of rank 2 or more, groups included; for 'valid' it is ``valid`` or ``x_valid`` in the same group; for 'test'
     ``test`` or ``x_test``, else the training dataset. A dataset that the spec names has every role; so has an array.
@@ -60,6 +64,10 @@ def open_source(spec: Any, role: str = "train") -> Source:
     """
     if role not in ROLES:
         raise ValueError(f"the role must be one of {', '.join(ROLES)}, got {role!r}")
+    return beside(_open_plain(plain_data(spec), role), spec)
+
+
+def _open_plain(spec: Any, role: str) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         return spec if hasattr(spec, "fingerprint") else ArraySource(spec)
     if spec == DEMO:
@@ -103,9 +111,11 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
 
     The validation rows are the ``valid`` dataset of the file; without one, the last ``valid_fraction`` (rounded down)
     of an 8-bit image dataset's rows, or as many rows of a table, chosen by the seed (Split.keyed); None if no row is.
+    Of rows with weights it is that fraction of their total weight, to within half a row's (Split.weighted).
     A named valid dataset is used even with valid_fraction = 0. Raises DataError, and ValueError for the fraction.
     """
-    fraction = as_fraction(valid_fraction)
+    fraction, whole = as_fraction(valid_fraction), spec
+    spec = plain_data(spec)
     sources: dict[str, Source] = {}
     try:
         if isinstance(spec, (str, os.PathLike)) and spec != DEMO:
@@ -116,11 +126,11 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
             if "train" not in roles:
                 open_source(spec)
             for role, name in roles.items():
-                sources[role] = HDF5Source(path, name)
+                sources[role] = beside(HDF5Source(path, name), whole)
         else:
-            sources["train"] = open_source(spec)
+            sources["train"] = open_source(whole)
             if isinstance(spec, str):
-                sources["test"] = open_source(spec, "test")
+                sources["test"] = open_source(whole, "test")
         for role in ("valid", "test"):
             if role in sources:
                 _check_alike(sources["train"], sources[role])
@@ -135,8 +145,13 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
     source = sources["train"]
     n = source.n_rows
     held = 0 if "valid" in sources else n * fraction.numerator // fraction.denominator
+    if held and source.weight is not None and source.is_image8:
+        held = held_by_weight(source.weight[::-1], fraction)
     valid: Split | None = None
-    if held and not source.is_image8:
+    if held and not source.is_image8 and source.weight is not None:
+        train = Split.weighted(source, fraction, seed, False, Purpose.TRAIN_NOISE)
+        valid = Split.weighted(source, fraction, seed, True, Purpose.VALID_NOISE)
+    elif held and not source.is_image8:
         train = Split.keyed(source, fraction, seed, False, Purpose.TRAIN_NOISE)
         valid = Split.keyed(source, fraction, seed, True, Purpose.VALID_NOISE)
     else:
@@ -145,6 +160,7 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
             valid = Split.contiguous(source, n - held, n, Purpose.VALID_NOISE)
         elif "valid" in sources:
             valid = Split.contiguous(sources["valid"], 0, sources["valid"].n_rows, Purpose.VALID_NOISE)
+    valid = valid if valid is not None and len(valid) else None
     test = sources.get("test")
     return Splits(train, valid, None if test is None else Split.contiguous(test, 0, test.n_rows, Purpose.TEST_NOISE))
 
@@ -152,6 +168,10 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
 def _check_alike(train: Source, other: Source) -> None:
     if other.n_features != train.n_features:
         problem = f"it has {other.n_features} columns and {train.name!r} has {train.n_features}"
+        raise DataError(about_file(other.name, problem, "store both with the same columns"))
+    columns = [0 if source.context is None else source.context.shape[1] for source in (train, other)]
+    if columns[0] != columns[1]:
+        problem = f"its context has {columns[1]} columns, that of {train.name!r} {columns[0]}"
         raise DataError(about_file(other.name, problem, "store both with the same columns"))
     if other.is_image8 != train.is_image8:
         problem = f"it holds {other.dtype} and {train.name!r} holds {train.dtype}"
@@ -178,7 +198,7 @@ class ColumnStats:
 
 
 def column_stats(split: Split) -> ColumnStats:
-    """One pass over a split in blocks, float64, merged in file order.
+    """One pass over a split in blocks, float64, merged in file order; rows count by their weights, if they have any.
 
     Raises DataError for NaN, infinity, no rows, or a spread that float64 cannot hold.
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
@@ -186,27 +206,28 @@ def column_stats(split: Split) -> ColumnStats:
     source, d = split.source, split.source.n_features
     if not len(split):
         raise DataError(about_file(source.name, "no rows are left to train on", "use a smaller --valid-fraction"))
-    count = 0
+    count, total = 0, 0.0
     mean, square = np.zeros(d), np.zeros(d)
     low, high = np.full(d, np.inf), np.full(d, -np.inf)
     step = max(1, 2**19 // (1024 * d))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for first in range(0, split.n_blocks, step):
-            data, _ = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
+            data, rows = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
             n = len(data)
             if n == 0:
                 continue
             x = data.astype(np.float64)
             low, high = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
-            part = x.mean(0)
+            w = None if source.weight is None else source.weight[rows]
+            size = n if w is None else float(w.sum())
+            part = x.mean(0) if w is None else w @ x / size
             x -= part
             np.square(x, out=x)
             delta = part - mean
-            total = count + n
-            square += x.sum(0) + delta * delta * (count * n / total)
-            mean += delta * (n / total)
-            count = total
-        std = np.where(low == high, 0.0, np.sqrt(square / count))
+            before, total, count = total, total + size, count + n
+            square += (x.sum(0) if w is None else w @ x) + delta * delta * (before * size / total)
+            mean += delta * (size / total)
+        std = np.where(low == high, 0.0, np.sqrt(square / total))
     mean = np.where(low == high, low, mean)
     bad = np.flatnonzero(~(np.isfinite(std) & np.isfinite(mean)) | ((std == 0) & (low < high)))
     if len(bad):

@@ -31,6 +31,8 @@ def model_line(spec: ModelSpec) -> str:
     """An architecture in one line."""
     shapes = {(coupling.law, coupling.hidden) for coupling in spec.couplings}
     each = ", ".join(f"{law} with hidden {sizes_text(hidden)}" for law, hidden in sorted(shapes))
+    if spec.partition != "odd-even":
+        each += f", parts by {spec.partition}"
     return (
         f"{spec.n_features} features, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, {spec.dtype}, "
         f"{spec.n_parameters:,} parameters"
@@ -109,6 +111,8 @@ def _model(flow: NICE) -> dict[str, Any]:
         "line": model_line(spec),
         "n_features": spec.n_features,
         "couplings": [{**asdict(coupling), "hidden": list(coupling.hidden)} for coupling in spec.couplings],
+        "partition": spec.partition,
+        "order": None if spec.order is None else list(spec.order),
         "prior": spec.prior,
         "dtype": spec.dtype,
         "n_parameters": spec.n_parameters,

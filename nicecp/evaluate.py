@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import effective_rows
 from nicecp.errors import DataError, about_file
+from nicecp.extras import Extras, check_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Array, Slot
 from nicecp.loading import Loader
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
-from nicecp.split import SequentialReader, Split
+from nicecp.presented import log_dets, presented
+from nicecp.split import SequentialReader, Split, Window
 
 BATCH = 1000  # rows
 FloatArray = NDArray[np.float64]
@@ -22,13 +26,17 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean and standard error over rows (nats per row); bits per dimension for 8-bit data, else None."""
+    """Mean and standard error over rows (nats per row); bits per dimension for 8-bit data, else None.
+
+    Of rows with weights these are the weighted mean and its error, and effective_rows is Kish's effective sample size.
+    """
 
     rows: int
     mean: float
     standard_error: float
     minimum: float
     bits_per_dim: float | None
+    effective_rows: float | None = None
 
 
 def log_det(steps: tuple[Step, ...]) -> float:
@@ -59,6 +67,30 @@ def check_fits(flow: NICE, split: Split) -> None:
         raise DataError(
             about_file(source.name, f"{has} data, but the flow was trained on {wants} data", "convert the data")
         )
+    check_context(flow, source)
+
+
+class PresentedRows:
+    """A split's rows as batches for a flow, and what transforms of single columns add to each row's log-density."""
+
+    def __init__(self, steps: tuple[Step, ...], split: Split) -> None:
+        self._steps, self._split = steps, split
+        self._seed = -1  # of the noise in the readers
+        self._readers: tuple[SequentialReader, SequentialReader | None] | None = None
+
+    def windows(self, seed: int, batch_size: int) -> Iterator[tuple[Window, FloatArray | None]]:
+        """Windows of batches in file order, and (rows,) log-determinants of each one's rows, None if all are 0."""
+        if self._readers is None or seed != self._seed:
+            dets = log_dets(self._split, self._steps, seed)
+            rows = SequentialReader(presented(self._split, self._steps, seed), batch_size)
+            self._seed, self._readers = seed, (rows, None if dets is None else SequentialReader(dets, batch_size))
+        rows, own = self._readers
+        if own is None:
+            for window in rows:
+                yield window, None
+            return
+        for window, values in zip(rows, own, strict=True):
+            yield window, values.data[values.index[values.index >= 0], 0]
 
 
 class Evaluator:
@@ -69,22 +101,25 @@ class Evaluator:
         if len(split) == 0:
             raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
         self.flow, self.split, backend = flow, split, flow.backend
-        self._reader = SequentialReader(split, min(batch_size, len(split)))
-        self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
+        self._batch, self._rows = min(batch_size, len(split)), PresentedRows(flow.preprocessing, split)
+        self._ws = flow.network.workspace(self._batch, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
-        self._loader = Loader(flow, self._reader.batch_size)
+        self._loader = Loader(flow, self._batch)
+        self._extras = Extras(flow, split.source)
+        self._weights = split.weights
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
         backend, ws = self.flow.backend, self._ws
         out = np.empty(len(self.split), np.float64)
         offset, done = log_det(self.flow.preprocessing), 0
-        for window in self._reader:
+        for window, own in self._rows.windows(seed, self._batch):
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
 
             def score(data: Array = data, index: Array = index, rows: Array = rows) -> None:
                 self._loader.load(ws, data, index, rows, self._state, seed, self.split.purpose)
+                self._extras.load(ws, rows, self._state)
                 self.flow.network.forward(ws, views)
 
             self._at(epoch, 0)
@@ -95,6 +130,8 @@ class Evaluator:
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
+            if own is not None:
+                out[done - len(own) : done] += own
         return out
 
     def _at(self, epoch: int, batch: int) -> None:
@@ -119,10 +156,26 @@ class Evaluator:
         return self._summary(values)
 
     def _summary(self, values: FloatArray) -> Evaluation:
+        n, weights = len(values), self._weights
         with np.errstate(over="ignore", invalid="ignore"):
-            n, mean = len(values), float(np.mean(values))
-            error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-        return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean))
+            if weights is None:
+                mean = float(np.mean(values))
+                error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+            else:
+                mean = float(np.average(values, weights=weights))
+                error = weighted_error(values - mean, weights)
+        effective = None if weights is None else effective_rows(weights)
+        return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean), effective)
+
+
+def weighted_error(gaps: FloatArray, weights: FloatArray) -> float:
+    """Standard error of a weighted mean, gaps : (n,) values less that mean; NaN for a single row.
+
+    sqrt(n / (n - 1) sum (w gap)^2) / sum w: of equal weights it is the standard deviation over sqrt(n).
+    Source: Cochran, Sampling Techniques, 1977, section 6.3 (a ratio of two sums over rows).
+    """
+    n = len(gaps)
+    return math.sqrt(n / (n - 1) * float(np.square(weights * gaps).sum())) / float(weights.sum()) if n > 1 else math.nan
 
 
 def bits_per_dim(flow: NICE, mean: float) -> float | None:

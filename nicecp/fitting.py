@@ -10,16 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import DataSpec
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
+from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
 from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.preprocessing import Dequantize, Standardize, Step
-from nicecp.records import RunRecord
+from nicecp.presented import presented
+from nicecp.presets import Settings
+from nicecp.records import Event, RunRecord
 from nicecp.split import Split
 from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
+from nicecp.transform_fit import fit_transforms
+from nicecp.transform_spec import NONE
 from nicecp.whitening import whitening_step
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
@@ -32,27 +38,57 @@ def preprocessing_for(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    transform: str = NONE,
+    seed: int = 0,
+    events: list[Event] | None = None,
 ) -> tuple[Step, ...]:
-    """The preprocessing of a data set: dequantization of 8-bit values, standardisation of floats.
+    """The preprocessing of a data set: dequantization of 8-bit values; transforms and standardisation of floats.
 
-    Reads float data once (mean and standard deviation of the training rows).
+    Reads float data once (mean and standard deviation of the training rows), twice with transforms of columns
+    (``transform``: see nicecp.transform_spec; ``seed``: of the noise on recorded values). What each column was given,
+    and why, is logged and added to ``events``.
 
     Raises
     ------
     DataError
-        A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be.
+        A value is not finite or outside a transform's support, or a float column is constant (its likelihood is
+        unbounded) and not allowed to be.
     ValueError
         The value range is not one, or is beyond +-MAX_RANGE.
     """
     if train.source.is_image8:
         if max(abs(value) for value in value_range) > MAX_RANGE:
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
+        if transform != NONE:
+            raise ValueError("transforms of columns are for floats, and these are 8-bit data: leave them out")
         return (Dequantize(*value_range),)
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
+    steps: tuple[Step, ...] = ()
+    if transform != NONE:
+        steps = _transforms(train, transform, [] if events is None else events)
+        stats = column_stats(presented(train, steps, seed)) if steps else stats
     if not standardize:
-        return ()
-    return (Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)),)
+        return steps
+    return (*steps, Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)))
+
+
+def preprocessing_of(settings: Settings, train: Split, events: list[Event]) -> tuple[Step, ...]:
+    """preprocessing_for, of a run's settings."""
+    choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform, settings.seed)
+    return preprocessing_for(train, *choices, events)
+
+
+def _transforms(train: Split, transform: str, events: list[Event]) -> tuple[Step, ...]:
+    fitted = fit_transforms(train, transform)
+    for line in fitted.lines:
+        logger.info("column %s", line)
+        events.append(Event(0, 0, "transform", line))
+    for note in fitted.notes:
+        message = f"{train.source.name!r}: {note}"
+        logger.warning("%s", message)
+        events.append(Event(0, 0, "columns", message))
+    return fitted.steps
 
 
 def fit(
@@ -68,8 +104,12 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    transform: str = NONE,
     whiten: str = "none",
     regularization: float = 0.0,
+    activations: str = "store",
+    context: Any = None,
+    sample_weight: Any = None,
     callbacks: Callbacks = (),
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
@@ -81,10 +121,21 @@ def fit(
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
+    transform : str
+        Transforms of single float columns before standardisation: "auto", "quantile", or for each column
+        "mass=log,phi=angle,*=quantile" (docs/tables.md). record.events say what each column was given, and why.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
+    context : (n, k) array, or text; see nicecp.beside.DataSpec
+        What the density of each row is conditioned on, for a flow with n_context = k: 'a,b' takes columns of the data,
+        'FILE.h5:/NAME' a dataset. It is standardised by its own mean and standard deviation.
+    sample_weight : (n,) array, or text
+        Weights of rows, finite and not negative; their scale does not matter, and rows of weight 0 are ignored. The
+        loss and all means are weighted, and the rows that validate hold ``valid_fraction`` of the weight.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
+    activations : "store", "halves" or "recompute"
+        What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
     callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
@@ -107,22 +158,25 @@ def fit(
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
-    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed)
-    with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
+    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
+    spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
+    with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
-        steps = flow.preprocessing
+        steps, events = flow.preprocessing, discrete_columns_noted(train)
+        check_context(flow, train.source)
         if steps:
             check_fits(flow, train)
         else:
-            steps = preprocessing_for(train, value_range, standardize, allow_constant)
+            steps = preprocessing_for(train, value_range, standardize, allow_constant, transform, seed, events)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         check_representable(splits, steps, flow.dtype)
-        flow.prepare(steps, train.source.info, train.source.is_image8)
+        scale = fit_context(train) if flow.context is None or flow.context.fresh else None
+        flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called)
         trainer.record.versions = versions()
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
-        trainer.record.events += discrete_columns_noted(train)
+        trainer.record.events += events + weights_noted(train, flow.n_parameters)
         return trainer.run()

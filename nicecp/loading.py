@@ -9,6 +9,7 @@ from nicecp.flow import NICE
 from nicecp.kernels.backend import Array
 from nicecp.network import Workspace
 from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.presented import device_part
 
 FloatArray = NDArray[np.float64]
 
@@ -17,8 +18,9 @@ def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, Float
     """How rows of data become the network's inputs: by load_batch, and one matrix if a step mixes features.
 
     -> shift, scale : (d,) float64 for load_batch (see kernels/backend.py), and the matrix A : (d, d) with z = A x for
-    what load_batch gives, or None. All steps are affine: with a matrix, load_batch subtracts the point that they map to
-    zero, so that the product is one of small numbers.
+    what load_batch gives, or None. All steps are affine
+    (transforms of single columns come before: nicecp.presented): with a matrix, load_batch subtracts the point that
+    they map to zero, so that the product is one of small numbers.
 
     Raises ValueError for a dequantization that is not the first step.
     """
@@ -36,7 +38,7 @@ def loading(steps: tuple[Step, ...], n_features: int) -> tuple[FloatArray, Float
         return shift, scale, None
     zero, matrix = np.zeros((1, n_features)), np.eye(n_features)
     for step in reversed(steps):
-        zero, matrix = step.inverse(zero), step.backward(matrix)
+        zero, matrix = step.inverse(zero), step.backward(matrix, matrix)
     return (shift - zero[0] if eight_bit else shift + zero[0]), scale, matrix
 
 
@@ -48,8 +50,8 @@ class Loader:
 
     def __init__(self, flow: NICE, n: int) -> None:
         backend, d = flow.backend, flow.n_features
-        self._backend = backend
-        shift, scale, matrix = loading(flow.preprocessing, d)
+        self._backend, self._order = backend, flow.network.order
+        shift, scale, matrix = loading(device_part(flow.preprocessing), d)
         self._shift, self._scale = backend.asarray(shift), backend.asarray(scale)
         self._matrix: Array | None = None
         if matrix is not None:
@@ -63,8 +65,9 @@ class Loader:
     ) -> None:
         """ws.x and ws.weight from the batch that state's CURSOR names; arguments as of the backend's load_batch."""
         backend = self._backend
-        backend.load_batch(*ws.x, ws.weight, data, index, rows, self._shift, self._scale, state, seed, purpose)
+        order = self._order
+        backend.load_batch(*ws.x, ws.weight, data, index, rows, order, self._shift, self._scale, state, seed, purpose)
         if self._matrix is not None:
-            backend.join(self._x, *ws.x)
+            backend.join(self._x, *ws.x, order)
             backend.dense_forward(self._z, self._x, self._matrix, self._bias, False)
-            backend.split(*ws.x, self._z)
+            backend.split(*ws.x, self._z, order)

@@ -11,9 +11,9 @@ LayerReady = Callable[[int, int, int | None], None]
 Layers = list[tuple[Array, Array]]  # (weight (fan_in, fan_out), bias (fan_out,)) of each layer
 
 
-def mlp_forward(backend: Backend, ys: list[Array], x: Array, layers: Layers) -> None:
-    """x : (n, fan_in) -> ys[j] : (n, fan_out of layer j); the last one is linear.  Pair: mlp_backward."""
-    last = len(layers) - 1
+def mlp_forward(backend: Backend, ys: list[Array], x: Array, layers: Layers, linear: int | None = None) -> None:
+    """x : (n, fan_in) -> ys[j] : (n, fan_out of layer j); layer ``linear``, the last one, is.  Pair: mlp_backward."""
+    last = len(layers) - 1 if linear is None else linear
     for j, (weight, bias) in enumerate(layers):
         backend.dense_forward(ys[j], x, weight, bias, j < last)
         x = ys[j]

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.coupling import COUPLINGS, Buffers
 from nicecp.kernels.backend import PRIORS, Array, Backend
@@ -18,17 +20,26 @@ from nicecp.spec import ModelSpec
 
 Halves = tuple[Array, Array]  # (n, d0), (n, d1)
 
+# What is kept of a forward pass for the backward pass. store: everything. halves: what every coupling reads and
+# changes; its network is computed once more. recompute: the output; every coupling is inverted as well.
+ACTIVATIONS = ("store", "halves", "recompute")
+
 
 class Workspace:
-    """Buffers for n rows. keep=False: scoring and sampling, in place. keep=True: activations are kept for backward.
+    """Buffers for n rows. keep=False: scoring and sampling, in place. keep=True: for backward; see ACTIVATIONS.
 
-    x : (n, d0), (n, d1) inputs, overwritten in place unless keep; h : the same shapes, latent; logp, dlogp, weight,
-    log_det (of the couplings; None if they preserve volume) : (n,) float64; dx : gradients by the halves (keep only).
+    x : (n, d0), (n, d1) inputs, overwritten in place unless keep, and by a backward pass that recomputes (with what it
+    makes of the output); h : the same shapes, latent; logp, dlogp, weight, log_det (of the couplings; None if they
+    preserve volume) : (n,) float64; dx : gradients by the halves (keep only). context : (n, k) standardised, or None
+    without one; passes leave it as it is.
     """
 
-    def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool, activations: str = "store") -> None:
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
         dtype, parts = np.dtype(spec.dtype), spec.part_sizes
-        self.n, self.keep = n, keep
+        self.n, self.keep, self.activations = n, keep, activations
+        store, in_place = keep and activations == "store", not keep or activations == "recompute"
 
         def halves() -> Halves:
             return backend.alloc((n, parts[0]), dtype), backend.alloc((n, parts[1]), dtype)
@@ -39,31 +50,62 @@ class Workspace:
         self.dlogp = backend.alloc(n, np.float64)
         self.weight = backend.alloc(n, np.float64)
         self.log_det: Array | None = None if spec.volume_preserving else backend.alloc(n, np.float64)
+        self.context: Array | None = backend.alloc((n, spec.n_context), dtype) if spec.n_context else None
         sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
         widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
         # Two scratch buffers take turns: activations when scoring, their gradients in the backward pass.
         scratch = [backend.alloc(n * widest, dtype) for _ in range(2)]
         output = backend.alloc(n * max(layers[-1] for layers in sizes), dtype)  # a network's, or the gradient by it
+        # Networks that are computed once more, one after the other, fill the same buffers.
+        depth = max(len(layers) for layers in sizes) if keep and not store else 0
+        again = [
+            backend.alloc(n * max(layers[j] for layers in sizes if j < len(layers)), dtype) for j in range(1, depth)
+        ]
+        again_m = backend.alloc(output.shape if again and self.log_det is not None else 0, dtype)
+        self.undone = backend.alloc(n, np.float64)  # takes the log_det of couplings that are inverted on the way back
         self.dcondition = halves() if keep else None
+
+        def wide(part: int) -> Array | None:
+            """What a network reads: a part's features and the context."""
+            return backend.alloc((n, parts[part] + spec.n_context), dtype) if spec.n_context else None
+
+        # Filled anew by every network, unless backward reads what is in them; gradients by them.
+        inputs = (None, None) if store else (wide(0), wide(1))
+        dinputs = (wide(0), wide(1)) if keep else (None, None)
         self.couplings: list[Buffers] = []
         parts_now, begun = list(self.x), False
         for k, layers in enumerate(sizes):
             coupling = spec.couplings[k]
             turns = [scratch[j % 2][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])]
-            hidden = [backend.alloc((n, size), dtype) for size in layers[1:-1]] if keep else turns
+            if store:
+                hidden = [backend.alloc((n, size), dtype) for size in layers[1:-1]]
+            else:
+                hidden = (
+                    [again[j][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])] if keep else turns
+                )
             shared = output[: n * layers[-1]].reshape(n, layers[-1])
-            factor = coupling.law != "additive"
-            m = backend.alloc((n, layers[-1]), dtype) if keep and factor else shared
+            factor, m = coupling.law != "additive", shared
+            if keep and factor:  # m and the gradient by it
+                m = backend.alloc(m.shape, dtype) if store else again_m[: m.size].reshape(m.shape)
             x = parts_now[coupling.transforms]
-            y = backend.alloc((n, parts[coupling.transforms]), dtype) if keep else x
-            condition = parts_now[coupling.conditions_on]
+            y = x if in_place else backend.alloc((n, parts[coupling.transforms]), dtype)
+            c, log_det = coupling.conditions_on, self.log_det if factor else None
+            beside = self.context, wide(c) if store else inputs[c], dinputs[c]
             self.couplings.append(
-                Buffers(x, y, condition, [*hidden, m], [*turns, shared], self.log_det if factor else None, not begun)
+                Buffers(x, y, parts_now[c], [*hidden, m], [*turns, shared], log_det, not begun, *beside)
             )
             begun = begun or factor
             parts_now[coupling.transforms] = y
         self.y = parts_now[0], parts_now[1]  # behind the last coupling
         self.dx = halves() if keep else None
+
+    def load_context(self, backend: Backend, context: NDArray[Any] | None, at: slice) -> Any:
+        """Rows ``at`` of a context as networks see it : (m, k), or (1, k) for all rows -> which are NaN, or False."""
+        if context is None:
+            return False
+        part = np.broadcast_to(context[at] if len(context) > 1 else context, (self.n, context.shape[1]))
+        backend.copy_in(self.context, part)
+        return np.isnan(part).any(axis=1)
 
 
 class Network:
@@ -72,11 +114,12 @@ class Network:
     def __init__(self, spec: ModelSpec, backend: Backend) -> None:
         self.spec, self.backend = spec, backend
         self.layout = Layout(spec)
+        self.order: Array = backend.asarray(spec.column_order)  # (d,) int64: which data columns are in which part
         self.prior = PRIORS[spec.prior]
         self.couplings = [COUPLINGS[coupling.law](coupling) for coupling in spec.couplings]
 
-    def workspace(self, n: int, keep: bool) -> Workspace:
-        return Workspace(self.backend, self.spec, n, keep)
+    def workspace(self, n: int, keep: bool, activations: str = "store") -> Workspace:
+        return Workspace(self.backend, self.spec, n, keep, activations)
 
     def forward(self, ws: Workspace, params: Views) -> None:
         """ws.x -> ws.h and ws.logp = log p(h) + sum(s) + log det of the couplings, in nats per row.  Pair: backward."""
@@ -99,34 +142,61 @@ class Network:
         Needs a workspace with keep after forward. ready(range) is called when the gradients of that range of the flat
         buffer are complete and its parameters will not be read again.
         """
-        dx, layout = ws.dx, self.layout
-        if dx is None or ws.dcondition is None:
+        self.backward_prior(ws, params, grads, ready)
+        for k in range(len(self.couplings) - 1, -1, -1):
+            self.backward_coupling(k, ws, params, grads, want_dx, ready)
+
+    def backward_prior(
+        self, ws: Workspace, params: Views, grads: Views | None, ready: Callable[[Range], None] | None = None
+    ) -> None:
+        """The first part of backward: ws.dlogp -> ws.dx behind the last coupling, and the scaling's gradients."""
+        if ws.dx is None:
             raise ValueError("backward needs a workspace that keeps activations")
         ds0, ds1 = grads.scaling if grads is not None else (None, None)
-        self.backend.scale_prior_backward(*dx, ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
+        self.backend.scale_prior_backward(*ws.dx, ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
         if ready is not None:
-            ready(layout.scaling)
-        for k in range(len(self.couplings) - 1, -1, -1):
-            coupling, ranges = self.couplings[k], layout.layers[k]
-            c = coupling.conditions_on
-            # Nobody reads the gradient by the data during training: the first coupling's last product is left out.
-            dcondition = ws.dcondition[c] if want_dx or k > 0 else None
-            coupling.backward(
-                self.backend,
-                ws.couplings[k],
-                dcondition,
-                grads.couplings[k] if grads is not None else None,
-                dx[coupling.transforms],
-                ws.dlogp,
-                params.couplings[k],
-                None if ready is None else partial(_part_ready, ready, ranges),
-            )
-            if dcondition is not None:
-                self.backend.couple(dx[c], dx[c], dcondition, 1)
+            ready(self.layout.scaling)
+
+    def backward_coupling(
+        self,
+        k: int,
+        ws: Workspace,
+        params: Views,
+        grads: Views | None,
+        want_dx: bool,
+        ready: Callable[[Range], None] | None = None,
+    ) -> None:
+        """Of backward: coupling k, when those above it are done. ws.dx in front of it, and its gradients."""
+        dx, coupling, at, layers = ws.dx, self.couplings[k], ws.couplings[k], params.couplings[k]
+        assert dx is not None
+        assert ws.dcondition is not None
+        if ws.activations == "halves":
+            coupling.refill(self.backend, at, layers)
+        elif ws.activations == "recompute":
+            coupling.inverse(self.backend, replace(at, log_det=ws.undone, first=True), layers)
+        c = coupling.conditions_on
+        # Nobody reads the gradient by the data during training: the first coupling's last product is left out.
+        dcondition = ws.dcondition[c] if want_dx or k > 0 else None
+        coupling.backward(
+            self.backend,
+            at,
+            dcondition,
+            grads.couplings[k] if grads is not None else None,
+            dx[coupling.transforms],
+            ws.dlogp,
+            layers,
+            None if ready is None else partial(_part_ready, ready, self.layout.layers[k]),
+        )
+        if dcondition is not None:
+            self.backend.couple(dx[c], dx[c], dcondition, 1)
 
     def inverse(self, ws: Workspace, params: Views) -> None:
         """ws.h -> ws.x and ws.log_det, of the inverse (a workspace without keep: in place)."""
         self.backend.scale_inverse(*ws.x, *ws.h, *params.scaling)
+        self.invert_couplings(ws, params)
+
+    def invert_couplings(self, ws: Workspace, params: Views) -> None:
+        """ws.y -> ws.x and ws.log_det, of the inverse (a workspace that works in place)."""
         begun = False
         for k in range(len(self.couplings) - 1, -1, -1):
             at = replace(ws.couplings[k], first=not begun)

@@ -73,7 +73,7 @@ class Layout:
         return Views(couplings, (arrays[at], arrays[at + 1]))
 
     def to_host(self, backend: Backend, flat: Array) -> Parameters:
-        """Named host copies, as ModelSpec.parameter_shapes: the log-scale is interleaved into data order."""
+        """Named host copies, as ModelSpec.parameter_shapes: the log-scale in data order."""
         views = self.views(backend.copy_out(flat))
         named: Parameters = {}
         for k, layers in enumerate(views.couplings):
@@ -81,7 +81,8 @@ class Layout:
                 named[f"couplings/{k}/layers/{j}/weight"] = weight
                 named[f"couplings/{k}/layers/{j}/bias"] = bias
         log_scale = np.empty(self.spec.n_features, self.spec.dtype)
-        log_scale[0::2], log_scale[1::2] = views.scaling
+        for columns, part in zip(self.spec.columns, views.scaling, strict=True):
+            log_scale[columns] = part
         named["scaling/log_scale"] = log_scale
         return named
 
@@ -105,8 +106,8 @@ class Layout:
             for j, (weight, bias) in enumerate(layers):
                 backend.copy_in(weight, named[f"couplings/{k}/layers/{j}/weight"])
                 backend.copy_in(bias, named[f"couplings/{k}/layers/{j}/bias"])
-        for part, log_scale in enumerate(views.scaling):
-            backend.copy_in(log_scale, named["scaling/log_scale"][part::2])
+        for columns, log_scale in zip(self.spec.columns, views.scaling, strict=True):
+            backend.copy_in(log_scale, named["scaling/log_scale"][columns])
 
 
 def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) -> Parameters:

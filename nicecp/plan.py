@@ -11,6 +11,7 @@ import numpy as np
 from nicecp.data import Splits
 from nicecp.evaluate import BATCH
 from nicecp.presets import Settings
+from nicecp.reconstruction import workspace_bytes
 from nicecp.spec import ModelSpec
 from nicecp.train import Trainer
 
@@ -46,20 +47,25 @@ def flops_of(spec: ModelSpec, n: int) -> tuple[int, int]:
 
 
 def cost_of(
-    spec: ModelSpec, batch_size: int, rows_in_memory: int = 0, row_bytes: int = 0, whitened: bool = False
+    spec: ModelSpec,
+    batch_size: int,
+    rows_in_memory: int = 0,
+    row_bytes: int = 0,
+    whitened: bool = False,
+    activations: str = "store",
 ) -> Cost:
-    """The cost of training this architecture; mirrors the buffers of network.Workspace and loading.Loader.
+    """The cost of training this architecture, with the buffers of loading.Loader.
 
     whitened : a matrix (d, d) is part of the preprocessing, in float64 and for training and scoring.
+    activations : network.ACTIVATIONS; what is computed once more counts as operations.
     """
     item = 4 if spec.dtype == "float32" else 8
     d, n = spec.n_features, batch_size
-    sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
-    widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
-    kept = sum(sum(layers[1:-1]) + layers[-1] for layers in sizes)
-    training = n * (4 * d + 2 * widest + kept) * item + 24 * n
-    scoring = BATCH * (2 * d + 2 * widest) * item + 24 * BATCH
-    flops = flops_of(spec, n)[1]
+    training = workspace_bytes(spec, n, True, activations)
+    scoring = workspace_bytes(spec, BATCH, False)
+    forward, flops = flops_of(spec, n)
+    if activations != "store":
+        flops += forward
     if whitened:
         flops += 2 * n * d * d
         training += (d * d + 2 * n * d) * item + 3 * 8 * d * d
@@ -81,7 +87,7 @@ def cost_of_run(settings: Settings, splits: Splits) -> Cost:
         rows += min(len(splits.valid), 2**16)
     row_bytes = source.n_features * source.dtype.itemsize
     spec = settings.model_spec(source.n_features)
-    return cost_of(spec, settings.batch_size, rows, row_bytes, settings.whiten != "none")
+    return cost_of(spec, settings.batch_size, rows, row_bytes, settings.whiten != "none", settings.activations)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A flow holds a list of steps; log-likelihoods are reported in the space before t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -19,21 +19,72 @@ _ORTHOGONAL = 1e-8  # eigh of 3072 dimensions is within 1e-13
 
 
 class Step(Protocol):
-    """One preprocessing step: z = forward(x), a fixed log abs det per row (nats), and what a checkpoint stores."""
+    """One preprocessing step: z = forward(x), rows (n, d) of float64, and what a checkpoint stores.
+
+    log_det is the part of log abs det dz/dx (nats) that all rows have in common. An affine step has no other; one that
+    is not says so (``affine = False``) and gives each row's own part by log_det_rows.
+    """
 
     kind: ClassVar[str]
+    affine: ClassVar[bool] = True
 
     @property
     def log_det(self) -> float: ...
     def forward(self, x: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]: ...
-    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+    def log_det_rows(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """x : (n, d) as for forward -> (n,) what is each row's own, beside log_det."""
+        return np.zeros(len(x))
+
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """dz : (n, d) gradient by z -> that by x : (n, d), the gradient of log_det_rows included.
+
+        x : (n, d) as for forward; affine steps do not look at it.
+        """
+        ...
+
     def attrs(self) -> dict[str, Scalar]: ...
     def arrays(self) -> dict[str, NDArray[np.float64]]: ...
 
 
+def apply_steps(
+    steps: Sequence[Step], x: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float | NDArray[np.float64]]:
+    """x : (n, d) data -> z : (n, d) after all steps, and log abs det dz/dx: (n,), or one number if all are affine."""
+    total: float | NDArray[np.float64] = 0.0
+    for step in steps:
+        total = total + (step.log_det if step.affine else step.log_det + step.log_det_rows(x))
+        x = step.forward(x)
+    return x, total
+
+
+def undo_steps(
+    steps: Sequence[Step], z: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float | NDArray[np.float64]]:
+    """The inverse of apply_steps: z : (n, d) -> x : (n, d), and log abs det dx/dz: (n,), or one number."""
+    total: float | NDArray[np.float64] = 0.0
+    for step in reversed(steps):
+        z = step.inverse(z)
+        total = total - (step.log_det if step.affine else step.log_det + step.log_det_rows(z))
+    return z, total
+
+
+def steps_backward(steps: Sequence[Step], dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """dz : (n, d) gradient of a log-density by z -> that by x : (n, d), log-determinants of rows included.
+
+    x : (n, d) data, as for apply_steps
+    """
+    inputs, looked_at = [x], max((k for k, step in enumerate(steps) if not step.affine), default=0)
+    for step in steps[:looked_at]:
+        inputs.append(step.forward(inputs[-1]))
+    for k in range(len(steps) - 1, -1, -1):
+        dz = steps[k].backward(dz, inputs[min(k, looked_at)])
+    return dz
+
+
 @dataclass(frozen=True)
-class Dequantize:
+class Dequantize(Step):
     """8-bit values k in 0..255 become x = low + (high - low) (k + u) / 256, u uniform in [0, 1).
 
     The flow sees x as it is: on x the step is the identity. The noise is drawn when rows are loaded.
@@ -66,7 +117,7 @@ class Dequantize:
     def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         return z
 
-    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
         return dz
 
     def to_bytes(self, x: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
@@ -94,7 +145,7 @@ def _kept(step: object, name: str) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, eq=False)
-class Standardize:
+class Standardize(Step):
     """z = (x - mean) / std per column, log abs det = -sum(log std)."""
 
     kind: ClassVar[str] = "standardize"
@@ -118,7 +169,7 @@ class Standardize:
     def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         return z * self.std + self.mean
 
-    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
         return dz / self.std
 
     def attrs(self) -> dict[str, Scalar]:
@@ -129,7 +180,7 @@ class Standardize:
 
 
 @dataclass(frozen=True, eq=False)
-class Zca:
+class Zca(Step):
     """ZCA whitening z = V diag(1 / sqrt(e + r)) V^T (x - mean), log abs det = -sum(log(e + r)) / 2.
 
     mean : (d,) and e : (d,) eigenvalues, V : (d, d) with the eigenvectors of the covariance of x in its columns;
@@ -174,7 +225,7 @@ class Zca:
     def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(z @ self._inverse + self.mean)
 
-    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(dz @ self._matrix)  # symmetric
 
     def attrs(self) -> dict[str, Scalar]:
@@ -185,7 +236,7 @@ class Zca:
 
 
 @dataclass(frozen=True, eq=False)
-class Triangular:
+class Triangular(Step):
     """z = L x + b with L lower triangular, log abs det = sum(log abs L_ii): a Gaussian as a linear flow.
 
     lower : (d, d), bias : (d,). Source: Dinh et al. 2015, appendix B (approximate whitening).
@@ -219,7 +270,7 @@ class Triangular:
         solved = solve_triangular(self.lower, flat.T, lower=True, check_finite=False)
         return np.ascontiguousarray(solved.T).reshape(z.shape)
 
-    def backward(self, dz: NDArray[np.float64]) -> NDArray[np.float64]:
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(dz @ self.lower)
 
     def attrs(self) -> dict[str, Scalar]:

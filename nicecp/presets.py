@@ -1,4 +1,4 @@
-"""Named sets of settings, and the settings of one run as plain values that a checkpoint's JSON can hold."""
+"""The settings of one run as plain values that a checkpoint's JSON can hold, from a preset and what is given."""
 
 from __future__ import annotations
 
@@ -8,141 +8,15 @@ from typing import Any
 
 from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
-from nicecp.optimizers import AdaM, Optimizer, RMSProp, optimizer_from
-from nicecp.spec import DTYPES, LAWS, CouplingSpec, ModelSpec, alternating
+from nicecp.network import ACTIVATIONS
+from nicecp.optimizers import Optimizer, optimizer_from
+from nicecp.partition import MAX_COLUMNS, random_order
+from nicecp.preset_table import RANGE, choose
+from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
+from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
 
-VALID_FRACTION = 1 / 6
-RANGE = (0.0, 1.0)
 INITS = ("paper", "he")
-MAY_CHANGE = ("epochs", "patience", "device_memory_limit")  # of a run that is resumed
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a preset says about the model and its training; the data say the rest.
-
-    hidden_by_coupling : hidden layers of each coupling, where they differ; then ``hidden`` is empty.
-    valid_fraction : of the training rows, where the data have no validation set of their own.
-    """
-
-    name: str
-    summary: str
-    hidden: tuple[int, ...]
-    couplings: int
-    prior: str
-    init: str
-    optimizer: Optimizer
-    batch_size: int
-    epochs: int
-    patience: int | None = None
-    value_range: tuple[float, float] = RANGE
-    whiten: str = "none"
-    hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
-    valid_fraction: float = VALID_FRACTION
-
-
-PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
-# On two tables of 9 and 10 columns 8 couplings of 2x64 were better by 0.3 nats than 4 of 2x128, in less time.
-TABULAR_ADAM = AdaM(rate=2e-3)
-# Tried on the drawn digits: at 5e-3 the likelihood is higher after a minute, but the samples are more ragged.
-DEMO_ADAM = AdaM(rate=3e-3, rate_decay=1.0005)
-
-# The published configuration files: momentum 0 for 5 epochs, then 0.5; the rate is divided by 1.0005 at every update.
-CODE_RMSPROP = RMSProp(rate=1e-3, average=0.95, floor=0.01, rate_decay=1.0005, rate_floor=1e-4)
-CIFAR10_RMSPROP = RMSProp(rate=2e-4, average=0.95, floor=0.01, rate_decay=1.0005, rate_floor=1e-5)
-SIGNED = (-1.0, 1.0)  # CIFAR-10's range
-FIFTH = 1 / 5  # CIFAR-10: the last 10,000 of 50,000 rows validate
-
-
-def _depths(size: int, *depths: int) -> tuple[tuple[int, ...], ...]:
-    """Couplings whose networks have so many hidden layers of one size."""
-    return tuple((size,) * depth for depth in depths)
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        # Dinh et al. 2015, section 5.1: the best validation is kept out of 1500 epochs, without stopping early.
-        Preset("mnist", "the paper's MNIST model", (1000,) * 5, 4, "logistic", "paper", PAPER_ADAM, 200, 1500),
-        Preset(
-            "tfd",
-            "the paper's TFD model",
-            (5000,) * 4,
-            4,
-            "gaussian",
-            "paper",
-            PAPER_ADAM,
-            128,
-            1500,
-            whiten="approximate",
-        ),
-        Preset(
-            "svhn", "the paper's SVHN model", (2000,) * 4, 4, "logistic", "paper", PAPER_ADAM, 200, 1500, whiten="zca"
-        ),
-        Preset(
-            "cifar10",
-            "the paper's CIFAR-10 model",
-            (2000,) * 4,
-            4,
-            "logistic",
-            "paper",
-            PAPER_ADAM,
-            200,
-            1500,
-            value_range=SIGNED,
-            whiten="zca",
-            valid_fraction=FIFTH,
-        ),
-        # The authors' files. Their partition (reversed after every coupling; SVHN and CIFAR-10 without reordering, that
-        # is in halves) is not among these numbers: odd/even is used.
-        Preset("mnist-code", "the authors' MNIST file", (1000,) * 5, 4, "logistic", "paper", CODE_RMSPROP, 200, 1500),
-        Preset(
-            "tfd-code",
-            "the authors' TFD file",
-            (),
-            8,
-            "logistic",
-            "paper",
-            CODE_RMSPROP,
-            128,
-            1500,
-            hidden_by_coupling=_depths(2000, 3, 3, 2, 2, 1, 1, 1, 1),
-        ),
-        Preset("svhn-code", "the authors' SVHN file", (2000,) * 3, 4, "gaussian", "paper", CODE_RMSPROP, 200, 1500),
-        Preset(
-            "cifar10-code",
-            "the authors' CIFAR-10 file",
-            (),
-            8,
-            "gaussian",
-            "paper",
-            CIFAR10_RMSPROP,
-            200,
-            1500,
-            value_range=SIGNED,
-            hidden_by_coupling=_depths(2400, 1, 1, 3, 3, 2, 2, 1, 1),
-            valid_fraction=FIFTH,
-        ),
-        Preset("tabular", "tables of floats", (64,) * 2, 8, "logistic", "he", TABULAR_ADAM, 256, 300, 30),
-        Preset("demo", "the drawn digits", (256,) * 3, 4, "logistic", "he", DEMO_ADAM, 100, 50),
-    )
-}
-CHOICES = ("auto", *PRESETS)
-
-
-def valid_fraction_of(name: str) -> float:
-    """The part of the training rows that a preset's runs are validated on; it is needed before the data are opened."""
-    return PRESETS[name].valid_fraction if name in PRESETS else VALID_FRACTION
-
-
-def choose(name: str, data: Any, eight_bit: bool) -> Preset:
-    """The preset of a name; "auto" is demo for the data "demo", mnist for 8-bit data, tabular for floats."""
-    if name == "auto":
-        name = "demo" if isinstance(data, str) and data == "demo" else "mnist" if eight_bit else "tabular"
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(CHOICES)}")
-    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -151,7 +25,9 @@ class Settings:
 
     patience: epochs without a better validation log-likelihood before stopping. value_range: of dequantized 8-bit
     data. window: rows shuffled together. whiten, regularization: see nicecp.whitening. hidden_by_coupling: hidden
-    layers of each coupling, where they differ (``hidden`` is then empty), else None.
+    layers of each coupling, where they differ (``hidden`` is then empty), else None. partition: of ModelSpec, or
+    "random", a permutation from the seed; order: that of "permutation". activations: what is kept for the backward pass
+    (nicecp.network.ACTIVATIONS).
     """
 
     preset: str
@@ -174,15 +50,20 @@ class Settings:
     whiten: str = "none"  # nicecp.whitening.KINDS
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
+    partition: str = "odd-even"
+    order: tuple[int, ...] | None = None
+    activations: str = "store"
+    transform: str = NONE  # of single float columns: nicecp.transform_spec
     precision: str = "full"  # nicecp.kernels.PRECISIONS
     device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
 
     def model_spec(self, n_features: int) -> ModelSpec:
-        couplings = alternating(self.hidden, self.couplings, self.coupling)
-        if self.hidden_by_coupling is not None:
-            each = zip(couplings, self.hidden_by_coupling, strict=True)
-            couplings = tuple(CouplingSpec(c.law, c.conditions_on, c.transforms, hidden) for c, hidden in each)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, precision=self.precision)
+        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
+        partition, order = self.partition, self.order
+        if partition == "random":
+            partition, order = "permutation", random_order(n_features, self.seed)
+        form = partition, order
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, 0, self.precision, *form)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -191,6 +72,7 @@ class Settings:
             values[name] = list(values[name])
         if self.hidden_by_coupling is not None:
             values["hidden_by_coupling"] = [list(hidden) for hidden in self.hidden_by_coupling]
+        values["order"] = None if self.order is None else list(self.order)
         values["optimizer"] = {"kind": self.optimizer.kind, **asdict(self.optimizer)}
         return values
 
@@ -205,7 +87,9 @@ class Settings:
         each = given.pop("hidden_by_coupling", None)
         if each is not None:
             each = tuple(tuple(int(size) for size in sizes) for sizes in each)
+        order = given.pop("order", None)
         settings = cls(
+            order=None if order is None else tuple(int(column) for column in order),
             hidden=hidden,
             coupling=laws,
             hidden_by_coupling=each,
@@ -220,6 +104,9 @@ class Settings:
                 raise TypeError(f"{field.name} should be {field.type}, is {value!r}")
         return settings
 
+
+# Settings that may be given anew when a run goes on.
+CHANGEABLE = ("epochs", "patience", "activations", "device_memory_limit")
 
 # Names under which a run's caller may give settings; None means "as the preset or the data say".
 NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
@@ -257,6 +144,8 @@ def resolve(
     values = {name: value for name, value in given.items() if value is not None}
     if not eight_bit and "value_range" in values:
         raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if eight_bit and values.get("transform", NONE) != NONE:
+        raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -280,11 +169,18 @@ def resolve(
         window=window,
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
+        partition=chosen.partition,
+        transform=NONE if eight_bit else chosen.transform,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
     if "hidden" in values and "hidden_by_coupling" not in values:
         values["hidden_by_coupling"] = None
+        if values["hidden"] and isinstance(values["hidden"][0], tuple):  # sizes for each coupling
+            values["hidden"], values["hidden_by_coupling"] = (), values["hidden"]
+            values.setdefault("couplings", len(values["hidden_by_coupling"]))
+    if "order" in values:
+        values.setdefault("partition", "permutation")
     settings = replace(settings, **values)
     check(settings)
     return settings
@@ -309,12 +205,22 @@ def check(settings: Settings) -> None:
     each = settings.hidden_by_coupling
     if each is not None and (len(each) != settings.couplings or any(size < 1 for sizes in each for size in sizes)):
         raise ValueError(f"hidden_by_coupling must be {settings.couplings} lists of sizes of at least 1, got {each}")
+    if settings.partition not in (*PARTITIONS, "random"):
+        raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, 'random'))}, got {settings.partition!r}")
+    if (settings.order is None) == (settings.partition == "permutation"):
+        raise ValueError(f"an order belongs to the partition 'permutation' and to no other, got {settings.partition!r}")
+    if settings.order is not None and len(settings.order) > MAX_COLUMNS:
+        raise ValueError(f"an order may have at most {MAX_COLUMNS} columns, got {len(settings.order)}")
     if settings.whiten not in KINDS:
         raise ValueError(f"whiten must be one of {', '.join(KINDS)}, got {settings.whiten!r}")
     if not 0 <= settings.regularization < float("inf"):
         raise ValueError(f"regularization must be at least 0 and finite, got {settings.regularization}")
     if settings.regularization and settings.whiten not in ("zca", "gaussian"):
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
+    if settings.activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    if settings.transform != NONE:
+        parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
@@ -338,9 +244,9 @@ def contradiction(
 ) -> str:
     """The first setting given that differs from a run's own, as 'name is X in the run, Y was asked for', or ''.
 
-    Settings in MAY_CHANGE may differ: a run can be extended.
+    Those of CHANGEABLE may differ: a run can be extended, and its memory changes no result but its last bits.
     """
-    values = {name: value for name, value in given.items() if value is not None and name not in MAY_CHANGE}
+    values = {name: value for name, value in given.items() if value is not None and name not in CHANGEABLE}
     if values.get("dtype") == "auto":
         del values["dtype"]
     if preset != "auto":
@@ -360,4 +266,8 @@ def contradiction(
 
 
 def _shown(value: Any) -> str:
-    return ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    if value and isinstance(value[0], tuple):  # sizes for each coupling
+        return "/".join(_shown(sizes) for sizes in value)
+    return ",".join(str(item) for item in value[:20]) + (",..." if len(value) > 20 else "")

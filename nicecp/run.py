@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
-from nicecp.evaluate import Evaluation, evaluate
-from nicecp.fitting import preprocessing_for
+from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
 from nicecp.kernels import Slot, with_precision
 from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
+from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
 from nicecp.outputs import check_output
 from nicecp.plan import cost_of_run
-from nicecp.presets import MAY_CHANGE, Settings, check, contradiction, resolve, valid_fraction_of
-from nicecp.records import RunRecord, note_differences
-from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.preset_table import valid_fraction_of
+from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
+from nicecp.records import note_differences
+from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, TrainConfig, Trainer
@@ -34,37 +34,7 @@ from nicecp.whitening import whitening_step
 
 logger = logging.getLogger("nicecp")
 
-ROUND_TRIP_ROWS = 256
-
 StrPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is. Log-likelihoods in nats per row: the running epoch's so far, and the last validation's."""
-
-    epoch: int  # the running one, from 1
-    epochs: int
-    fraction: float  # of the whole run
-    train_log_likelihood: float
-    valid_log_likelihood: float
-    rows_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of Run.execute. Evaluations are of the best model and None where there are no rows, or after a stop."""
-
-    finished: bool
-    stopped_by: int | None  # the signal, if one came
-    record: RunRecord
-    train: Evaluation | None
-    valid: Evaluation | None
-    test: Evaluation | None
-    round_trip: float  # max |x - f^-1(f(x))| over round_trip_rows rows
-    round_trip_rows: int
-    seconds: float  # of this process
 
 
 class Run:
@@ -91,6 +61,7 @@ class Run:
             settings.patience,
             settings.seed,
             settings.window,
+            settings.activations,
             settings.device_memory_limit,
         )
         self._keeper = Keeper(self, saving)
@@ -159,7 +130,8 @@ class Run:
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = with_precision(open_backend(device, threads), settings.precision, required=True)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
+            events = discrete_columns_noted(splits.train)
+            steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)
             steps += whitening_step(
                 settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
@@ -168,7 +140,7 @@ class Run:
             info = replace(source.info, fingerprint=source.fingerprint())
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += discrete_columns_noted(splits.train)
+            run.trainer.record.events += events
             run._held = held.pop_all()
             return run
 
@@ -191,9 +163,9 @@ class Run:
     ) -> Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
 
-        What is in MAY_CHANGE may be given anew; any other setting must be the run's own or None. The same machine and
-        threads give the same bits as a run that was never interrupted. With ``allow_changed_data`` other rows of the
-        same kind will do; the running epoch then begins anew.
+        Settings of nicecp.presets.CHANGEABLE may be given anew; any other must be the run's own or None. The same
+        machine and threads give the same bits as a run that was never interrupted. With ``allow_changed_data`` other
+        rows of the same kind will do; the running epoch then begins anew.
 
         Raises
         ------
@@ -242,7 +214,7 @@ class Run:
         if different:
             remedy = "leave it out, or start a new run with another --out"
             raise CheckpointError(about_file(out, different, remedy))
-        changes = {name: given[name] for name in MAY_CHANGE if given.get(name) is not None}
+        changes = {name: given[name] for name in CHANGEABLE if given.get(name) is not None}
         settings = replace(settings, **changes)
         check(settings)
         backend = open_backend(device, record.threads if threads is None else threads)
@@ -354,40 +326,10 @@ class Run:
 
     def progress(self) -> Progress:
         """Where the run is; copies 64 numbers from the device, so ask a few times a second, not every step."""
-        trainer = self.trainer
-        state = trainer.backend.copy_out(trainer.state)
-        weight = float(state[Slot.WEIGHT_SUM])
-        last = trainer.record.history[-1] if trainer.record.history else None
-        offset = sum(step.log_det for step in self.flow.preprocessing)
-        train = float(state[Slot.LOG_PROB_SUM]) / weight + offset if weight else math.nan
-        done = self.rows_done
-        total = self.settings.epochs * trainer.reader.n_batches * trainer.config.batch_size
-        rate = self._keeper.rows_per_second()
-        return Progress(
-            epoch=min(trainer.record.epoch + (trainer.position > 0), self.settings.epochs),
-            epochs=self.settings.epochs,
-            fraction=min(1.0, done / total),
-            train_log_likelihood=train,
-            valid_log_likelihood=math.nan if last is None else last.valid_log_likelihood,
-            rows_per_second=rate,
-            seconds_left=max(total - done, 0) / rate if rate > 0 else math.nan if done < total else 0.0,
-        )
+        return progress_of(self.trainer, self.rows_done, self._keeper.rows_per_second())
 
     def _outcome(self, began: float) -> Outcome:
-        trainer, splits = self.trainer, self.splits
-        if not trainer.finished:
-            return Outcome(
-                False, self.stopped_by, trainer.record, None, None, None, math.nan, 0, time.monotonic() - began
-            )
-        # The best model; a run that was finished before it was resumed has not put it in place itself.
-        self.flow.set_parameters(trainer.resume_state().best_parameters)
-        seed, best = self.settings.seed, trainer.record.best_epoch
-        train = evaluate(self.flow, splits.train, seed)
-        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best)
-        test = None if splits.test is None else evaluate(self.flow, splits.test, seed)
-        rows = example_rows(self.flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
-        error = round_trip_error(self.flow, rows)
-        return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)
+        return outcome_of(self.trainer, self.splits, self.stopped_by, began)
 
     def close(self) -> None:
         """Close the data and let other runs have the files."""

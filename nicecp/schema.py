@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.context import Context
 from nicecp.errors import CheckpointError, about_file
 from nicecp.kernels import PRECISIONS
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
 from nicecp.spec import DTYPES, CouplingSpec, ModelSpec
 from nicecp.store import Attribute, Tree, newer, strings
+from nicecp.transforms import COLUMN_KINDS, INTEGERS, SHAPES, column_step
 
 FORMAT = "nicecp"
 FORMAT_VERSION = 1
@@ -31,7 +33,7 @@ MAX_WIDTH = 1 << 24
 MAX_STEPS = 64  # of preprocessing
 MAX_COUNT = 1 << 53  # step and epoch counters also live in float64 arrays
 
-SECTIONS = ("training", "optimizer", "resume", "best")  # read by nicecp.checkpoint
+SECTIONS = ("training", "optimizer", "resume", "best", "context")  # read by nicecp.checkpoint
 
 # Attributes (name, type) and arrays (name, rank: (d,) or (d, d)) of each kind of preprocessing step.
 _STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
@@ -174,8 +176,14 @@ def _first_bad(array: NDArray[Any]) -> str:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[Step], info: DataInfo) -> Tree:
-    """A flow as /model, /preprocessing and /data. CheckpointError for numbers that could not be read again.
+def model_tree(
+    spec: ModelSpec,
+    parameters: Parameters,
+    preprocessing: Sequence[Step],
+    info: DataInfo,
+    context: Context | None = None,
+) -> Tree:
+    """A flow as /model, /preprocessing, /data and /context. CheckpointError for numbers that could not be read again.
 
     parameters : arrays named and shaped as ``spec.parameter_shapes()``, of the flow's dtype, finite; not copied
     """
@@ -202,19 +210,27 @@ def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[
     tree.attrs["/preprocessing"] = {}
     for number, step in enumerate(preprocessing):
         group = f"/preprocessing/{number}"
-        scalars = _STEPS[step.kind][0]
+        scalars = {} if step.kind in COLUMN_KINDS else _STEPS[step.kind][0]
         tree.attrs[group] = {"kind": step.kind, **{key: scalars[key](value) for key, value in step.attrs().items()}}
-        tree.arrays.update({f"{group}/{key}": np.asarray(array, np.float64) for key, array in step.arrays().items()})
+        forms = {key: np.int64 if key in INTEGERS else np.float64 for key in step.arrays()}
+        tree.arrays.update({f"{group}/{key}": np.asarray(array, forms[key]) for key, array in step.arrays().items()})
+    if spec.order is not None:
+        tree.arrays["/model/order"] = np.array(spec.order, np.int64)
     tree.attrs["/data"] = {"fingerprint": info.fingerprint}
     if info.image_shape is not None:
         tree.arrays["/data/image_shape"] = np.array(info.image_shape, np.int64)
     for key, texts in (("columns", info.columns), ("units", info.units)):
         if texts is not None:
             tree.arrays[f"/data/{key}"] = strings(texts)
+    if context is not None:
+        tree.arrays["/context/mean"], tree.arrays["/context/std"] = context.mean, context.std
+        if context.names is not None:
+            tree.arrays["/context/names"] = strings(context.names)
     add_parameters(tree, "/model", parameters)
     reader = Reader(tree, "flow", "it is not saved")
     if read_model(reader)[0] != spec:
         raise reader.refuse("/model", "the parameters' shapes are not those of the architecture")
+    read_context(reader, spec.n_context)
     reader.finish()
     return tree
 
@@ -265,7 +281,10 @@ def _read_spec(reader: Reader) -> ModelSpec:
             raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
         hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
         couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden))
-    arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition)
+    order = None
+    if partition == "permutation":
+        order = tuple(reader.array("/model/order", "int64", (n_features,)).tolist())
+    arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition, order)
     spec: ModelSpec = _built(reader, "/model", ModelSpec, *arguments)
     return spec
 
@@ -276,6 +295,16 @@ def _built(reader: Reader, where: str, make: Any, *arguments: Any) -> Any:
         return make(*arguments)
     except ValueError as error:
         raise reader.refuse(where, str(error)) from error
+
+
+def read_context(reader: Reader, n_context: int) -> Context | None:
+    """The scale of a flow's context, None for a flow without one, which has no such group."""
+    if not n_context:
+        return None
+    mean, std = (reader.array(f"/context/{name}", "float64", (n_context,)) for name in ("mean", "std"))
+    names = tuple(reader.names("/context/names", n_context)) if reader.has("/context/names") else None
+    context: Context = _built(reader, "/context", Context, mean, std, names)
+    return context
 
 
 def add_parameters(tree: Tree, root: str, parameters: Mapping[str, NDArray[Any]]) -> None:
@@ -300,12 +329,29 @@ def _read_preprocessing(reader: Reader, n_features: int) -> tuple[Step, ...]:
     steps = []
     for number in range(count):
         group = f"/preprocessing/{number}"
-        kind = reader.text(group, "kind", _STEPS)
+        kind = reader.text(group, "kind", (*_STEPS, *COLUMN_KINDS))
+        if kind in COLUMN_KINDS:
+            steps.append(_read_column_step(reader, group, kind, n_features))
+            continue
         scalars, arrays = _STEPS[kind]
         attrs = {key: reader.attr(group, key, form) for key, form in scalars.items()}
         values = {key: reader.array(f"{group}/{key}", "float64", (n_features,) * rank) for key, rank in arrays.items()}
         steps.append(_built(reader, group, step_from, kind, attrs, values))
     return tuple(steps)
+
+
+def _read_column_step(reader: Reader, group: str, kind: str, n_features: int) -> Step:
+    """A transform of single columns: m of them, and arrays of m, (m, 2) or as many as all knots."""
+    columns = reader.array(f"{group}/columns", "int64", (None,))
+    m = len(columns)
+    if m and not 0 <= columns.min() <= columns.max() < n_features:
+        raise reader.refuse(f"{group}/columns", f"has numbers outside 0..{n_features - 1}")
+    values: dict[str, NDArray[Any]] = {"columns": columns}
+    shapes: dict[str, tuple[int | None, ...]] = {"m": (m,), "m2": (m, 2), "knots": (None,)}
+    for key, form in SHAPES[kind].items():
+        values[key] = reader.array(f"{group}/{key}", "int64" if key in INTEGERS else "float64", shapes[form])
+    step: Step = _built(reader, group, column_step, kind, values)
+    return step
 
 
 def _read_data(reader: Reader, n_features: int) -> DataInfo:

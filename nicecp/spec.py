@@ -5,18 +5,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 
 DTYPES = ("float32", "float64")
 LAWS = {"additive": 1, "multiplicative": 1, "affine": 2}  # network outputs for each feature that is changed
-PARTITIONS = ("odd-even",)
+PARTITIONS = ("odd-even", "halves", "permutation")
+
+Order = NDArray[np.int64]
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -25,6 +28,16 @@ def whole_number(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def hidden_sizes(hidden: Iterable[Any]) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """What a user gives for hidden layers: sizes that all couplings share, or a sequence of sizes for each."""
+    if isinstance(hidden, Iterable) and not isinstance(hidden, str):
+        given = tuple(hidden)
+        if given and all(isinstance(sizes, Iterable) and not isinstance(sizes, str) for sizes in given):
+            return tuple(layer_sizes(sizes) for sizes in given)
+        return layer_sizes(given)
+    return layer_sizes(hidden)
 
 
 def layer_sizes(hidden: Iterable[Any]) -> tuple[int, ...]:
@@ -44,11 +57,47 @@ def dtype_name(dtype: DTypeLike) -> str:
         raise TypeError(f"dtype must be 'auto', 'float32' or 'float64', got {dtype!r}") from None
 
 
+def partition_of(partition: Any) -> tuple[str, tuple[int, ...] | None]:
+    """What a user gives for a partition -> its name and, for a sequence of column numbers, that; TypeError else."""
+    if isinstance(partition, str):
+        return partition, None
+    if not isinstance(partition, Iterable):
+        names = ", ".join(repr(name) for name in PARTITIONS[:-1])
+        raise TypeError(f"partition must be {names}, or a sequence of column numbers, got {partition!r}")
+    return "permutation", tuple(whole_number(column, "a column number of a partition") for column in partition)
+
+
+def partition_order(partition: str, n_features: int, order: tuple[int, ...] | None = None) -> Order:
+    """(d,) the data columns of part 0, the first ceil(d / 2), and after them those of part 1.
+
+    Raises ValueError for an unknown partition, and for an order that is not a permutation of the columns or given
+    where the partition has one of its own.
+    """
+    if partition not in PARTITIONS:
+        raise ValueError(f"unknown partition {partition!r}: expected one of {', '.join(PARTITIONS)}")
+    columns: Order = np.arange(n_features, dtype=np.int64)
+    if partition != "permutation":
+        if order is not None:
+            raise ValueError(f"the partition {partition!r} has an order of its own: leave the order out")
+        return columns if partition == "halves" else np.concatenate([columns[0::2], columns[1::2]])
+    given = tuple(order or ())
+    if len(given) != n_features:
+        raise ValueError(f"a partition needs each of the {n_features} columns once, got {len(given)} numbers")
+    for column in given:
+        if not 0 <= column < n_features:
+            raise ValueError(f"column {column} in the partition is outside 0..{n_features - 1}")
+    found: Order = np.array(given, np.int64)
+    counts = np.bincount(found, minlength=n_features)
+    if counts.max() > 1:
+        raise ValueError(f"column {int(np.argmax(counts))} is {int(counts.max())} times in the partition")
+    return found
+
+
 @dataclass(frozen=True)
 class CouplingSpec:
     """One coupling: its law, the part its network reads, the part it changes, and the network's hidden sizes.
 
-    Part 0 is the even features (0-based), part 1 the odd ones.
+    Which features are in part 0 and part 1 is ModelSpec.partition's to say.
     """
 
     law: str
@@ -67,7 +116,12 @@ class CouplingSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The architecture of a flow: everything that its parameters' shapes follow from."""
+    """The architecture of a flow: everything that its parameters' shapes follow from.
+
+    partition : "odd-even": part 0 is the features with even 0-based index (section 5.1); "halves": the first half;
+    "permutation": the first half of ``order``, any permutation of 0..d-1. Part 0 has ceil(d / 2) features, and the
+    networks see a part's features in this order. n_context : numbers that every network reads behind these.
+    """
 
     n_features: int
     couplings: tuple[CouplingSpec, ...]
@@ -76,6 +130,7 @@ class ModelSpec:
     n_context: int = 0
     precision: str = "full"
     partition: str = "odd-even"
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.n_features < 2:
@@ -90,15 +145,30 @@ class ModelSpec:
             raise ValueError(f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         if self.precision == "tf32" and self.dtype != "float32":
             raise ValueError(f"precision tf32 is for float32 flows, this one is {self.dtype}")
-        if self.partition not in PARTITIONS:
-            raise ValueError(f"unknown partition {self.partition!r}: expected one of {', '.join(PARTITIONS)}")
-        if self.n_context != 0:
-            raise ValueError("flows with a context are not available in this version: n_context must be 0")
+        if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
+            partition_order(self.partition, self.n_features, self.order)
+        if self.n_context < 0:
+            raise ValueError(f"n_context must be at least 0, got {self.n_context}")
 
     @property
     def part_sizes(self) -> tuple[int, int]:
-        """Number of features in part 0 (even indices) and part 1 (odd indices)."""
+        """Number of features in part 0 and part 1."""
         return (self.n_features + 1) // 2, self.n_features // 2
+
+    @cached_property
+    def column_order(self) -> Order:
+        """(d,) the data columns of part 0 and after them those of part 1, read-only."""
+        order = partition_order(self.partition, self.n_features, self.order)
+        order.setflags(write=False)
+        return order
+
+    @property
+    def columns(self) -> tuple[slice | Order, slice | Order]:
+        """What picks part 0 and part 1 out of data columns: slices, which make views, or column numbers."""
+        d0, order = self.part_sizes[0], self.column_order
+        if self.partition == "odd-even":
+            return slice(0, None, 2), slice(1, None, 2)
+        return (slice(0, d0), slice(d0, None)) if self.partition == "halves" else (order[:d0], order[d0:])
 
     def layer_sizes(self, coupling: int) -> tuple[int, ...]:
         """Sizes of a coupling network's layers: (fan_in, *hidden, fan_out)."""
@@ -137,11 +207,24 @@ class ModelSpec:
 
 
 def alternating(
-    hidden: tuple[int, ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
+    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
 ) -> tuple[CouplingSpec, ...]:
-    """Couplings that alternate which half they change, the first changing the odd features (section 5.1).
+    """Couplings that alternate which part they change, the first changing part 1 (section 5.1).
 
-    law : of all couplings, or a tuple that is gone through again and again.
+    hidden : sizes of all couplings, or a tuple of sizes for each. law : of all couplings, or a tuple that is gone
+    through again and again.
+
+    Raises ValueError where there are not as many tuples of sizes as couplings.
     """
     laws = (law,) if isinstance(law, str) else law
-    return tuple(CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, tuple(hidden)) for k in range(n_couplings))
+    each = by_coupling(hidden) or (hidden,) * n_couplings
+    if len(each) != n_couplings:
+        raise ValueError(f"hidden sizes are given for {len(each)} couplings, but there are {n_couplings}")
+    return tuple(
+        CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, layer_sizes(sizes)) for k, sizes in enumerate(each)
+    )
+
+
+def by_coupling(hidden: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    """The sizes of each coupling, where a tuple of them is given for each one; empty for sizes that all share."""
+    return hidden if hidden and all(isinstance(sizes, tuple) for sizes in hidden) else ()

@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nicecp.coupling import apply_law
 from nicecp.flow import NICE
+from nicecp.preprocessing import apply_steps
+from nicecp.presented import past_transforms
 from nicecp.records import Parameters
 from nicecp.spec import ModelSpec
 
@@ -119,13 +121,14 @@ def check_gradients(
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
+    flow, rows = past_transforms(flow, rows)
     check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
     exact = _in_float64(flow, flow.parameters())
     if flow.spec.dtype == "float32":
         _compare_precisions(flow, exact, rows)
         flow = exact
     _check_point(flow, exact, rows, check, must_resolve=False)
-    drawn = _in_float64(flow, _drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
+    drawn = _in_float64(flow, _drawn_parameters(flow.spec, apply_steps(flow.preprocessing, rows)[0], check.rng))
     _check_point(drawn, drawn, rows, check, must_resolve=True)
     log_det_error = _check_log_det(drawn, rows[0], step)
     return GradientReport(len(rows), check.directions, check.left_out, check.worst, check.error, log_det_error)
@@ -230,7 +233,7 @@ def _differences(
     whatever happens in between. Where they are not, it says nothing about the derivative, and the row is tried again
     with a tenth of the step. That depends on the units alone, never on how well gradients and differences agree.
     """
-    parameters, z = exact.parameters(), _to_inputs(exact, x)
+    parameters, z = exact.parameters(), apply_steps(exact.preprocessing, x)[0]
     on = _units_on(exact.spec, parameters, z)
     out, steps = np.zeros((x.shape[0], len(directions))), np.zeros((x.shape[0], len(directions)))
     moved = _in_float64(exact, parameters)
@@ -245,7 +248,7 @@ def _differences(
                 else:
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
-                use &= (_units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
+                use &= (_units_on(exact.spec, values, apply_steps(exact.preprocessing, at)[0]) == on).all(axis=1)
                 difference += weight * np.asarray(moved.log_prob(at)) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
@@ -291,7 +294,7 @@ def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
     looser = TF32 if flow.spec.precision == "tf32" else 1
     rtol, clear = looser * SINGLE_RTOL, (500 if looser > 1 else 1) * SINGLE_MARGIN
-    margin = _margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
+    margin = _margins(exact.spec, exact.parameters(), apply_steps(exact.preprocessing, x)[0])
     rows = x[margin > clear] if (margin > clear).any() else x[[int(np.argmax(margin))]]
     pairs = {INPUT: (flow.grad_log_prob(rows), exact.grad_log_prob(rows))}
     single, double = flow.loss_and_gradients(rows)[1], exact.loss_and_gradients(rows)[1]
@@ -338,13 +341,6 @@ def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
     return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, backend=flow.backend)
 
 
-def _to_inputs(flow: NICE, x: Floats) -> Floats:
-    """Data space to the flow's input space."""
-    for step in flow.preprocessing:
-        x = step.forward(x)
-    return x
-
-
 def _from_inputs(flow: NICE, vectors: Floats) -> Floats:
     """Vectors (differences, not points) of input space in data space; preprocessing is affine."""
     moved, origin = vectors, np.zeros_like(vectors)
@@ -355,7 +351,7 @@ def _from_inputs(flow: NICE, vectors: Floats) -> Floats:
 
 def _hidden(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
     """Every hidden layer's name and values before the ReLU : (n, h)."""
-    parts = [z[:, 0::2], z[:, 1::2]]
+    parts = [z[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
         y = parts[coupling.conditions_on]
         for j in range(len(coupling.hidden) + 1):

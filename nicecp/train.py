@@ -12,12 +12,16 @@ import numpy as np
 
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
+from nicecp.extras import Extras
 from nicecp.feed import Fed, Feed
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
+from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.params import Range
+from nicecp.presented import mean_log_det, presented
+from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
@@ -35,6 +39,7 @@ class TrainConfig:
     """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
 
     device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
+    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS.
     """
 
     epochs: int = 100
@@ -43,9 +48,12 @@ class TrainConfig:
     patience: int | None = None
     seed: int = 0
     window: int = SHUFFLE_WINDOW
+    activations: str = "store"
     device_memory_limit: int | None = None
 
     def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "seed"):
             whole_number(getattr(self, name), name)
         if self.patience is not None:
@@ -109,7 +117,8 @@ class Trainer:
         check_fits(flow, train)
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
-        self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
+        rows = presented(train, flow.preprocessing, config.seed)
+        self.reader = EpochReader(rows, config.batch_size, config.seed, max(config.window, config.batch_size))
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
@@ -129,14 +138,17 @@ class Trainer:
         backend.copy_in(self.state, host)
         backend.assign(self.best, self.p)
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
-        self._ws = network.workspace(config.batch_size, keep=True)
+        self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
         self._loader = Loader(flow, config.batch_size)
+        self._extras = Extras(flow, train.source)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
         self._feed = Feed(backend, self.reader, config.device_memory_limit)
         self._fed: Fed | None = None
         self._batches_left = 0
         self._steps: dict[int, Callable[[], None]] = {}  # recorded, for each slot of the feed
         self._recovery = Recovery(self)
+        # Of all rows; an epoch leaves out less than a batch of them.
+        self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +162,7 @@ class Trainer:
         fed = self._fed
         assert fed is not None
         self._loader.load(ws, fed.data, fed.index, fed.rows, self.state, seed, purpose)
+        self._extras.load(ws, fed.rows, self.state)
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER
@@ -157,6 +170,14 @@ class Trainer:
         if not by_layer:
             self._update(Range(0, self.network.layout.size))
         backend.advance(self.state)
+
+    def _check(self) -> None:
+        """Before the first step of an epoch: can its batch be recomputed from what the flow makes of it?"""
+        if self.config.activations == "recompute":
+            seed, fed = self.config.seed, self._fed
+            assert fed is not None
+            self._loader.load(self._ws, fed.data, fed.index, fed.rows, self.state, seed, Purpose.TRAIN_NOISE)
+            check_reconstruction(self.network, self._ws, self.views, self.record.epoch + 1)
 
     def step(self) -> None:
         """One training step on the next batch; begins and ends epochs' windows as needed, without validation."""
@@ -212,7 +233,8 @@ class Trainer:
         Raises
         ------
         TrainingError
-            The loss is not finite again and again (nicecp.recovery), or every epoch's validation.
+            The loss is not finite again and again (nicecp.recovery), or every epoch's validation; or activations
+            cannot be recomputed (nicecp.reconstruction).
         """
         self._stop = False
         # An overflow shows in the loss: the step is skipped, counted and reported.
@@ -236,8 +258,10 @@ class Trainer:
         started = time.perf_counter()
         if self.position == 0:
             self._begin_epoch()
-        for fed in self._feed.epoch(self.record.epoch + 1, self.position):
+        for count, fed in enumerate(self._feed.epoch(self.record.epoch + 1, self.position)):
             self._open(fed)
+            if count == 0:
+                self._check()
             while self._batches_left:
                 self._next_batch()
                 self._recovery.after_step(self._batches_left == 0)
@@ -260,7 +284,7 @@ class Trainer:
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss
         if state[Slot.WEIGHT_SUM]:
-            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
+            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + self.offset
         valid = math.nan
         if self._evaluator is not None:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean

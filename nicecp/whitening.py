@@ -22,6 +22,7 @@ from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
 from nicecp.loading import loading
 from nicecp.optimizers import RMSProp
 from nicecp.preprocessing import Dequantize, Step, Triangular, Zca
+from nicecp.presented import device_part, host_part, presented
 from nicecp.split import EpochReader, SequentialReader, Split
 
 logger = logging.getLogger("nicecp")
@@ -56,6 +57,9 @@ def whitening_step(
         return ()
     if backend.device != "cpu":
         backend = get_backend("cpu")  # linear algebra in float64, by NumPy
+    host, steps = host_part(steps), device_part(steps)
+    train = presented(train, host, seed)
+    valid = None if valid is None else presented(valid, host, seed)
     with backend.computing():
         if kind == "zca":
             return (fit_zca(train, steps, regularization),)
@@ -210,6 +214,7 @@ class _Learner:
         eight_bit = bool(steps) and isinstance(steps[0], Dequantize)
         shift = (shift - mean) / deviation if eight_bit else shift + mean / scale
         self._shift, self._scale = backend.asarray(shift), backend.asarray(scale / deviation)
+        self._order = backend.asarray(np.arange(d))
         self._reader = EpochReader(train, batch_size, seed)
         self._p, self._g, self._m, self._v = (backend.alloc(d * d + d, np.float64) for _ in range(4))
         self._p[: d * d] = np.eye(d).ravel()
@@ -226,10 +231,9 @@ class _Learner:
         d, backend = self._d, self._backend
         x0, x1 = backend.alloc((n, (d + 1) // 2), np.float64), backend.alloc((n, d // 2), np.float64)
         x, weight = backend.alloc((n, d), np.float64), backend.alloc(n, np.float64)
-        backend.load_batch(
-            x0, x1, weight, data, index, rows, self._shift, self._scale, self._state, self._seed, purpose
-        )
-        backend.join(x, x0, x1)
+        scaling = self._order, self._shift, self._scale
+        backend.load_batch(x0, x1, weight, data, index, rows, *scaling, self._state, self._seed, purpose)
+        backend.join(x, x0, x1, self._order)
         return np.asarray(x)
 
     def run_epoch(self, epoch: int) -> None:

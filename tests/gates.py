@@ -31,12 +31,15 @@ def make_spec(
     dtype: str = "float64",
     first: int = 0,
     laws: Sequence[str] = ("additive",),
+    partition: str | Sequence[int] = "odd-even",
 ) -> ModelSpec:
     """One coupling for every entry of hidden, alternating, the first conditioned on part ``first``; laws in turn."""
     couplings = tuple(
         CouplingSpec(laws[k % len(laws)], (first + k) % 2, 1 - (first + k) % 2, tuple(h)) for k, h in enumerate(hidden)
     )
-    return ModelSpec(d, couplings, prior, dtype)
+    if isinstance(partition, str):
+        return ModelSpec(d, couplings, prior, dtype, partition=partition)
+    return ModelSpec(d, couplings, prior, dtype, partition="permutation", order=tuple(partition))
 
 
 def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
@@ -59,7 +62,7 @@ def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
 def kink_distance(spec: ModelSpec, parameters: dict[str, F64], z: F64) -> F64:
     """z : (n, d) -> (n,): how far each row's nearest ReLU is from its kink."""
     distance = np.full(len(z), np.inf)
-    parts = [z[:, 0::2], z[:, 1::2]]
+    parts = oracle.parts_of(z, oracle.order_of(spec))
     for k, c in enumerate(spec.couplings):
         outputs = oracle.network(parameters, k, parts[c.conditions_on])
         for x, (w, b) in zip(outputs[:-2], oracle.layers(parameters, k)[:-1], strict=True):

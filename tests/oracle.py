@@ -93,6 +93,7 @@ def load_batch(
     data: NDArray[Any],
     index: NDArray[np.int64],
     rows: NDArray[np.int64],
+    order: NDArray[np.int64],
     shift: F64,
     scale: F64,
     state: F64,
@@ -109,7 +110,44 @@ def load_batch(
     else:
         x = (value - shift) * scale
     x[i < 0] = 0
-    return x[:, 0::2], x[:, 1::2], np.where(i < 0, 0.0, 1.0)
+    x0, x1 = parts_of(x, order)
+    return x0, x1, np.where(i < 0, 0.0, 1.0)
+
+
+def parts_of(x: NDArray[Any], order: ArrayLike) -> list[NDArray[Any]]:
+    """x : (n, d) -> its columns order[:d0], d0 = ceil(d / 2), and its columns order[d0:]."""
+    d0 = (x.shape[1] + 1) // 2
+    return [x[:, list(np.asarray(order)[:d0])], x[:, list(np.asarray(order)[d0:])]]
+
+
+def whole_of(parts: list[NDArray[Any]], order: ArrayLike) -> NDArray[Any]:
+    """The inverse of parts_of."""
+    joined = np.concatenate(parts, axis=1)
+    return joined[:, np.argsort(np.asarray(order))]
+
+
+def order_of(spec: ModelSpec) -> list[int]:
+    """Data columns of part 0 and then of part 1, by the partition's definition."""
+    d = spec.n_features
+    if spec.partition == "permutation":
+        assert spec.order is not None
+        return list(spec.order)
+    return list(range(d)) if spec.partition == "halves" else [*range(0, d, 2), *range(1, d, 2)]
+
+
+def gather(n: int, source: NDArray[Any], index: NDArray[np.int64], state: F64) -> NDArray[Any]:
+    """The rows of source : (m,) or (m, k) that belong to the batch at state[CURSOR]; 0 for padding."""
+    batch = index[int(state[Slot.CURSOR]) * n : (int(state[Slot.CURSOR]) + 1) * n]
+    out = source[np.maximum(batch, 0)].astype(float)
+    out[batch < 0] = 0
+    return out
+
+
+def copy_columns(out: F64, out_start: int, x: F64, x_start: int, count: int) -> F64:
+    """-> out with columns of x in the place of its own."""
+    out = out.copy()
+    out[:, out_start : out_start + count] = x[:, x_start : x_start + count]
+    return out
 
 
 def relu(x: NDArray[Any]) -> NDArray[Any]:
@@ -262,22 +300,22 @@ def couple_backward(law: str, dy: F64, dlog_det: F64, x: F64, m: F64) -> tuple[F
 
 def forward(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> tuple[NDArray[Any], Any]:
     """x : (n, d) -> h : (n, d), log abs det : (n,): sections 3.2 and 3.3."""
-    parts, log_det = [x[:, 0::2], x[:, 1::2]], 0.0
+    parts, log_det = parts_of(x, order_of(spec)), 0.0
     for k, c in enumerate(spec.couplings):
         m = network(parameters, k, parts[c.conditions_on])[-1]
         parts[c.transforms], more = couple(c.law, parts[c.transforms], m)
         log_det = log_det + more
     s = parameters["scaling/log_scale"]
-    return interleave(*parts, spec.n_features) * np.exp(s), log_det + s.sum()
+    return whole_of(parts, order_of(spec)) * np.exp(s), log_det + s.sum()
 
 
 def inverse(spec: ModelSpec, parameters: Parameters, h: NDArray[Any]) -> NDArray[Any]:
     y = h * np.exp(-parameters["scaling/log_scale"])
-    parts = [y[:, 0::2], y[:, 1::2]]
+    parts = parts_of(y, order_of(spec))
     for k, c in reversed(list(enumerate(spec.couplings))):
         m = network(parameters, k, parts[c.conditions_on])[-1]
         parts[c.transforms] = couple(c.law, parts[c.transforms], m, -1)[0]
-    return interleave(*parts, spec.n_features)
+    return whole_of(parts, order_of(spec))
 
 
 def log_prob(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> NDArray[Any]:
@@ -292,18 +330,18 @@ def mean_loss(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> Any:
 
 def gradients(spec: ModelSpec, parameters: Parameters, x: F64) -> tuple[dict[str, F64], F64]:
     """By hand: -> d mean_loss / d parameters by name, d log_prob(x_i) / d x_i : (n, d)."""
-    n, d = x.shape
-    parts = [x[:, 0::2], x[:, 1::2]]
+    n = len(x)
+    parts = parts_of(x, order_of(spec))
     saved, before = [], []
     for k, c in enumerate(spec.couplings):
         saved.append(network(parameters, k, parts[c.conditions_on]))
         before.append(parts[c.transforms])
         parts[c.transforms] = couple(c.law, before[-1], saved[-1][-1])[0]
     s = parameters["scaling/log_scale"]
-    h = interleave(*parts, d) * np.exp(s)
+    h = whole_of(parts, order_of(spec)) * np.exp(s)
     grads: dict[str, F64] = {}
     dy, grads["scaling/log_scale"] = scale_prior_backward(np.full(n, -1 / n), h, s, spec.prior)
-    dparts = [dy[:, 0::2].copy(), dy[:, 1::2].copy()]
+    dparts = parts_of(dy, order_of(spec))
     for k, c in reversed(list(enumerate(spec.couplings))):
         pairs, dlogp = layers(parameters, k), np.full(n, -1 / n)
         dparts[c.transforms], dz = couple_backward(c.law, dparts[c.transforms], dlogp, before[k], saved[k][-1])
@@ -314,7 +352,7 @@ def gradients(spec: ModelSpec, parameters: Parameters, x: F64) -> tuple[dict[str
                 dz, y_j, x_j, pairs[j][0], rectify=j < len(pairs) - 1
             )
         dparts[c.conditions_on] = dparts[c.conditions_on] + dz
-    return grads, -n * interleave(*dparts, d)
+    return grads, -n * whole_of(dparts, order_of(spec))
 
 
 def complex_step(spec: ModelSpec, parameters: Parameters, x: F64, epsilon: float = 1e-40) -> tuple[dict[str, F64], F64]:

@@ -23,7 +23,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.kernels",),
     (
         "nicecp.spec",
+        "nicecp.context",
         "nicecp.preprocessing",
+        "nicecp.spline",
+        "nicecp.transforms",
         "nicecp.records",
         "nicecp.probe",
         "nicecp.files",
@@ -35,9 +38,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.scaling",
         "nicecp.network",
         "nicecp.calls",
-        "nicecp.arrays",
         "nicecp.optimizers",
     ),
+    ("nicecp.arrays", "nicecp.borders", "nicecp.density"),  # what a flow is made with
     ("nicecp.flow",),
     ("nicecp.*",),  # training and tools: every module that is not named elsewhere
     ("nicecp",),  # nicecp/__init__.py: what users import

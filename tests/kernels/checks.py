@@ -67,6 +67,14 @@ def halves(d: int) -> tuple[int, int]:
     return (d + 1) // 2, d // 2
 
 
+def order_of(partition: str, d: int) -> NDArray[np.int64]:
+    """(d,) data columns of part 0 and after them of part 1; "random" is a permutation that depends on d alone."""
+    columns = np.arange(d)
+    if partition == "random":
+        return np.random.default_rng(d).permutation(d)
+    return columns if partition == "halves" else np.concatenate([columns[0::2], columns[1::2]])
+
+
 def new_state(**slots: float) -> NDArray[np.float64]:
     """A state array with the named slots, e.g. new_state(EPOCH=3)."""
     state = np.zeros(Slot.SIZE)
@@ -89,6 +97,7 @@ def check_load_batch(
     first_row: int = 0,
     plain: bool = False,
     padding: bool = True,
+    partition: str = "odd-even",
 ) -> None:
     """plain: shift 0, scale 1, for which the values must be exact."""
     device = Device(backend, dtype, seed=n * 10_000 + d)
@@ -107,9 +116,10 @@ def check_load_batch(
     state = new_state(CURSOR=cursor, EPOCH=epoch)
     x0, x1 = device.out(n, halves(d)[0]), device.out(n, halves(d)[1])
     weight, device_state = device.out(n, dtype="float64"), device.put(state, "float64")
-    arrays = [device.put(a, a.dtype) for a in (data, index, rows, shift, scale)]
+    order = order_of(partition, d)
+    arrays = [device.put(a, a.dtype) for a in (data, index, rows, order, shift, scale)]
     backend.load_batch(x0, x1, weight, *arrays, device_state, seed, purpose)
-    e0, e1, expected_weight = oracle.load_batch(n, data, index, rows, shift, scale, state, seed, purpose)
+    e0, e1, expected_weight = oracle.load_batch(n, data, index, rows, order, shift, scale, state, seed, purpose)
     tolerance = 0.0 if plain and data_type == np.uint8 else None
     device.close(x0, e0, "x0", tolerance)
     device.close(x1, e1, "x1", tolerance)
@@ -120,15 +130,47 @@ def check_load_batch(
         assert device.get(x0).max() < 1
 
 
-def check_split_join(backend: Backend, dtype: str, n: int, d: int) -> None:
-    device = Device(backend, dtype)
-    x = device.normal(n, d)
+def check_split_join(backend: Backend, dtype: str, n: int, d: int, partition: str = "odd-even") -> None:
+    device, host_order = Device(backend, dtype), order_of(partition, d)
+    x, order = device.normal(n, d), device.put(host_order, "int64")
     x0, x1, joined = device.out(n, halves(d)[0]), device.out(n, halves(d)[1]), device.out(n, d)
-    backend.split(x0, x1, device.put(x))
-    device.close(x0, x[:, 0::2], "even features", 0)
-    device.close(x1, x[:, 1::2], "odd features", 0)
-    backend.join(joined, x0, x1)
+    backend.split(x0, x1, device.put(x), order)
+    e0, e1 = oracle.parts_of(x, host_order)
+    device.close(x0, e0, "part 0", 0)
+    device.close(x1, e1, "part 1", 0)
+    backend.join(joined, x0, x1, order)
     device.close(joined, x, "join after split", 0)
+
+
+def check_gather(
+    backend: Backend, out_type: str, source_type: str, n: int, k: int | None, *, cursor: int = 1, padding: bool = True
+) -> None:
+    """k None: one number for each row. A few rows of the source come several times, others not at all."""
+    device = Device(backend, out_type, seed=n)
+    m, columns = n // 2 + 3, () if k is None else (k,)
+    source = device.rng.standard_normal((m, *columns)).astype(source_type)
+    index = device.rng.integers(0, m, (cursor + 1) * n)
+    index[0], index[-1] = m - 1, 0
+    if padding:
+        index[-(n // 3 + 1) :] = -1
+    state = new_state(CURSOR=cursor)
+    out, device_state = device.out(n, *columns), device.put(state, "float64")
+    backend.gather(out, device.put(source, source_type), device.put(index, "int64"), device_state)
+    expected = oracle.gather(n, source, index, state).astype(out_type)  # a cast rounds, and no more than that
+    device.close(out, expected.astype(float), "gathered", 0)
+    assert np.array_equal(device.get(device_state), state), "gather must not write the state"
+
+
+def check_copy_columns(
+    backend: Backend, dtype: str, n: int, widths: tuple[int, int], starts: tuple[int, int], count: int
+) -> None:
+    """widths, starts : of out and of x."""
+    device = Device(backend, dtype)
+    before, x = device.normal(n, widths[0]), device.normal(n, widths[1])
+    out, device_x = device.put(before), device.put(x)
+    backend.copy_columns(out, starts[0], device_x, starts[1], count)
+    device.close(out, oracle.copy_columns(before, starts[0], x, starts[1], count), "out", 0)
+    device.close(device_x, x, "x must stay", 0)
 
 
 def check_matmul(backend: Backend, dtype: str, n: int, i: int, o: int, transpose_a: bool, transpose_b: bool) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nicecp.kernels import _numba_native as native
-from nicecp.kernels import numba_backend
+from nicecp.kernels import numba_backend, numba_calls
 from nicecp.kernels._numba_native import arrive
 from nicecp.kernels.jit import kernel
 from nicecp.kernels.numba_backend import NumbaBackend
@@ -29,7 +29,7 @@ def test_products_of_either_blas(monkeypatch: pytest.MonkeyPatch, source: str, d
     address = getattr(native, f"{source}_blas")(name)
     if not address:
         pytest.skip("this NumPy's BLAS exports no function under a known name")
-    monkeypatch.setattr(numba_backend, "gemm_address", lambda dtype: address)
+    monkeypatch.setattr(numba_calls, "gemm_address", lambda dtype: address)
     backend = NumbaBackend(1)
     for shape in ((1, 1, 1), (31, 33, 5), (200, 17, 64)):
         for transpose_a in (False, True):

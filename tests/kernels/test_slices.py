@@ -9,7 +9,7 @@ import pytest
 
 from nicecp import train
 from nicecp.flow import NICE
-from nicecp.kernels import numba_backend
+from nicecp.kernels import numba_backend, numba_calls
 from nicecp.kernels.backend import Purpose
 from nicecp.kernels.numba_backend import NumbaBackend
 from nicecp.kernels.tape import Field, Op, Range, Tape, span
@@ -22,8 +22,9 @@ from tests.kernels import checks
 @pytest.fixture(params=[2, 3])
 def slicing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NumbaBackend:
     """A backend that cuts calls of any size into parts, and has a thread for each part."""
-    for least in ("_SLICED_PRODUCT", "_SLICED_UPDATE", "_SLICED_ROWS", "_CREW_WORK"):
+    for least in ("_SLICED_PRODUCT", "_SLICED_UPDATE", "_SLICED_ROWS"):
         monkeypatch.setattr(numba_backend, least, 0)
+    monkeypatch.setattr(numba_calls, "_CREW_WORK", 0)
     return NumbaBackend(request.param)
 
 
@@ -44,6 +45,8 @@ def test_layers_in_parts_agree_with_the_oracle(
 def test_borders_in_parts_agree_with_the_oracle(slicing: NumbaBackend, dtype: str, n: int, d: int) -> None:
     checks.check_load_batch(slicing, dtype, np.uint8, n, d)
     checks.check_load_batch(slicing, dtype, np.float32, n, d)
+    checks.check_load_batch(slicing, dtype, np.uint8, n, d, partition="random")
+    checks.check_load_batch(slicing, dtype, np.float64, n, d, partition="random")
     checks.check_couple(slicing, dtype, n, d, -1, True)
     for law in ("multiplicative", "affine"):
         checks.check_factor_forward(slicing, dtype, n, d, law, -1)
@@ -152,7 +155,10 @@ def test_arrays_that_compiled_code_would_misread_are_refused() -> None:
     half, index, state = np.zeros((4, 6), np.float16), np.zeros(4, np.int64), np.zeros(64)
     halves, ones = (np.zeros((4, 3)), np.zeros((4, 3))), np.ones(6)
     with pytest.raises(ValueError, match="uint8, float32 or float64"):
-        backend.load_batch(*halves, np.zeros(4), half, index, index, ones, ones, state, 0, 0)
+        backend.load_batch(*halves, np.zeros(4), half, index, index, np.arange(6), ones, ones, state, 0, 0)
+    for order in (np.arange(5), np.arange(1, 7), np.zeros(6, np.int64), np.arange(6.0)):
+        with pytest.raises(ValueError, match=r"order must be a permutation of 0..5 as int64"):
+            backend.split(*halves, x, order)
 
 
 def test_what_cannot_be_recorded_is_refused() -> None:
@@ -171,7 +177,9 @@ def test_a_batch_beyond_the_window_is_padding_when_replayed() -> None:
     (x0, x1), weight, state = (np.ones((3, 1)), np.ones((3, 1))), np.ones(3), np.zeros(64)
     index = np.arange(4)
     load = backend.record(
-        lambda: backend.load_batch(x0, x1, weight, data, index, index, np.zeros(2), np.ones(2), state, 0, 0)
+        lambda: backend.load_batch(
+            x0, x1, weight, data, index, index, np.arange(2), np.zeros(2), np.ones(2), state, 0, 0
+        )
     )
     load()
     assert (x0 == 7).all()

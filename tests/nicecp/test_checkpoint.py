@@ -202,12 +202,22 @@ def documented_log_prob() -> Callable[[Any, Any], Any]:
 @pytest.mark.parametrize("prior", ["logistic", "gaussian"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n_features", [2, 5, 8])
-@pytest.mark.parametrize("law", ["additive", ("affine", "additive", "multiplicative")])
+@pytest.mark.parametrize(
+    ("law", "partition"),
+    [
+        ("additive", "odd-even"),
+        (("affine", "additive", "multiplicative"), "odd-even"),
+        (("multiplicative", "additive"), "halves"),
+        ("additive", "permutation"),
+    ],
+)
 def test_the_documented_reader_gives_the_flow_s_log_prob(
-    tmp_path: Path, prior: str, dtype: str, n_features: int, law: str | tuple[str, ...]
+    tmp_path: Path, prior: str, dtype: str, n_features: int, law: str | tuple[str, ...], partition: str
 ) -> None:
-    spec = ModelSpec(n_features, (*alternating((6, 4), 3, law), *alternating((), 1, law)), prior, dtype)
     rng = np.random.default_rng(7)
+    order = tuple(rng.permutation(n_features).tolist()) if partition == "permutation" else None
+    couplings = (*alternating((6, 4), 3, law), *alternating((), 1, law))
+    spec = ModelSpec(n_features, couplings, prior, dtype, partition=partition, order=order)
     steps: list[tuple[Step, ...]] = [
         (),
         (Dequantize(),),

@@ -61,10 +61,10 @@ def assert_same(one: Trainer, other: Trainer, tolerance: float) -> None:
     ("law", "data", "optimizer", "device"),
     [
         ("additive", BYTES, ADAM, {}),
-        ("additive", FLOATS, RMSPROP, {"epilogues": True}),
+        ("additive", FLOATS, RMSPROP, {"epilogues": "all"}),
         ("multiplicative", FLOATS, ADAM, LATE),
         ("multiplicative", BYTES, RMSPROP, {"late": True}),
-        ("affine", BYTES, ADAM, {**LATE, "epilogues": True}),
+        ("affine", BYTES, ADAM, {**LATE, "epilogues": "all"}),
         ("affine", FLOATS, RMSPROP, {"schedule": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -86,7 +86,7 @@ def test_fifty_steps_are_those_of_the_cpu(
 def test_fifty_steps_in_single_precision(law: str, data: Any) -> None:
     """One update for all parameters. Rounding, 6e-8 a number, is divided by small second moments on the way."""
     runs = [trained(backend, law, data, AdaM(rate=1e-3, epsilon=1e-2), "float32") for backend in
-            (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)), NumbaBackend(1))]  # fmt: skip
+            (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")), NumbaBackend(1))]  # fmt: skip
     assert_same(runs[0], runs[1], 1e-4)
 
 
@@ -95,7 +95,7 @@ def test_what_a_trained_flow_says_is_the_same_on_both(monkeypatch: pytest.Monkey
     spec = gates.make_spec(9, [(12,), (8, 8), (12,)], "gaussian", "float64", laws=("affine", "additive"))
     parameters = gates.draw_parameters(spec)
     flows = [NICE.from_spec(spec, parameters, (Dequantize(0, 1),), backend=backend) for backend in
-             (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)), NumbaBackend(1))]  # fmt: skip
+             (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")), NumbaBackend(1))]  # fmt: skip
     flows.append(pickle.loads(pickle.dumps(flows[0])))
     assert isinstance(flows[-1].backend, CudaBackend)
     x = np.random.default_rng(3).uniform(0, 1, (40, 9))

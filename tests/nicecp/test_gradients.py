@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from nicecp.spec import ModelSpec
 from nicecp.testing import check_gradients
 from tests import gates, oracle
 
-# d, hidden layers of every coupling, which part the first coupling reads, and the couplings' laws in turn: 1 to 5
-# couplings, depths 0 to 3, mixed too
-SHAPES: dict[str, tuple[int, list[tuple[int, ...]], int, tuple[str, ...]]] = {
+# d, hidden layers of every coupling, which part the first coupling reads, the couplings' laws in turn, and the
+# partition if it is another than odd-even: 1 to 5 couplings, depths 0 to 3, mixed too
+SHAPES: dict[str, tuple[Any, ...]] = {
     "d2-one-linear": (2, [()], 0, ("additive",)),
     "d3-two": (3, [(4,), (4,)], 0, ("additive",)),
     "d4-three-deep": (4, [(3, 5, 4)] * 3, 0, ("additive",)),
@@ -27,14 +28,16 @@ SHAPES: dict[str, tuple[int, list[tuple[int, ...]], int, tuple[str, ...]]] = {
     "d5-multiplicative": (5, [(4,), (3, 4), (4,)], 0, ("multiplicative",)),
     "d4-affine": (4, [(3, 4)] * 3, 0, ("affine",)),
     "d5-all-laws": (5, [(4,), (), (3, 4), (4,), (3,)], 1, ("additive", "affine", "multiplicative")),
+    "d5-halves": (5, [(4,), (3, 4), (4,)], 0, ("additive", "affine"), "halves"),
+    "d6-permuted": (6, [(4,), (3, 4), (4,)], 1, ("multiplicative", "additive"), (4, 1, 0, 5, 2, 3)),
 }
 EACH_SHAPE = pytest.mark.parametrize("shape", list(SHAPES))
 EACH_PRIOR = pytest.mark.parametrize("prior", ["gaussian", "logistic"])
 
 
 def spec_of(shape: str, prior: str, dtype: str = "float64") -> ModelSpec:
-    d, hidden, first, laws = SHAPES[shape]
-    return gates.make_spec(d, hidden, prior, dtype, first, laws)
+    d, hidden, first, laws, *partition = SHAPES[shape]
+    return gates.make_spec(d, hidden, prior, dtype, first, laws, *partition)
 
 
 @EACH_SHAPE
@@ -107,6 +110,15 @@ def test_check_gradients_passes_fresh_flows(dtype: str, init: str, coupling: str
     assert 0 < report.error <= 0.5, "half of what is allowed, so that rounding elsewhere has room"
     assert report.log_det_error < 1e-8
     assert all(np.array_equal(value, before[name]) for name, value in flow.parameters().items())
+
+
+@pytest.mark.parametrize("partition", ["odd-even", "halves", (4, 1, 0, 2, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_check_gradients_passes_every_partition(dtype: str, partition: str | tuple[int, ...]) -> None:
+    flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, seed=3, coupling="affine", partition=partition)
+    report = check_gradients(flow, np.random.default_rng(0).normal(size=(4, 5)))
+    assert 0 < report.error <= 0.5
+    assert report.log_det_error < 1e-8
 
 
 def test_the_example_in_the_docstring() -> None:

@@ -265,6 +265,28 @@ def test_factors_that_are_wrong_are_refused(one_backend: Backend, mistake: str) 
         refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, **changes)), x)
 
 
+PERMUTED = gates.make_spec(5, [(3,), (), (2, 2)], partition=(3, 0, 4, 2, 1))
+
+
+def without_order(original: Change, x: Any, x0: Any, x1: Any, order: Any) -> None:
+    original(x, x0, x1, np.concatenate([np.arange(0, len(order), 2), np.arange(1, len(order), 2)]))
+
+
+def test_a_latent_joined_in_another_order_is_refused(one_backend: Backend) -> None:
+    flow, x = gates.make_flow(PERMUTED, one_backend)
+    for name in ("density", "round-trip", "complex-step", "central-differences", "check-gradients"):
+        ALL_GATES[name](rebuilt(NICE, flow, Mutant(one_backend)), x)
+        refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, join=without_order)), x)
+
+
+def test_a_log_scale_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch, one_backend: Backend) -> None:
+    """Views of it in the parts' order instead of the data's: the flow is another one than its parameters say."""
+    flow, x = gates.make_flow(PERMUTED, one_backend)
+    parts = PERMUTED.part_sizes[0]
+    monkeypatch.setattr("nicecp.params.ModelSpec.columns", property(lambda spec: (slice(0, parts), slice(parts, None))))
+    refuses(gates.gate_density, rebuilt(NICE, flow), x)
+
+
 @pytest.mark.parametrize("coupling", range(len(SPEC.couplings)))
 def test_skipped_couplings_are_refused(good: tuple[NICE, Any], coupling: int) -> None:
     flow, x = rebuilt(NICE, good[0], Mutant(good[0].backend)), good[1]  # recorded passes would not notice

@@ -133,6 +133,16 @@ def test_names_and_types_are_those_of_the_page() -> None:
     assert tree.arrays["/preprocessing/0/mean"].tolist() == MEAN.tolist()
 
 
+@pytest.mark.parametrize("partition", ["odd-even", "halves", "permutation"])
+def test_partitions_come_back(partition: str) -> None:
+    order = (4, 0, 3, 1, 2) if partition == "permutation" else None
+    spec = ModelSpec(5, alternating((3,), 3), partition=partition, order=order)
+    tree = model_tree(spec, numbers(spec), (), DataInfo())
+    assert tree.attrs["/model"]["partition"] == partition
+    assert ("/model/order" in tree.arrays) == (partition == "permutation")
+    assert model_from_tree(tree, "x")[0] == spec
+
+
 def test_numpy_integers_in_a_spec_are_stored_as_integers() -> None:
     spec = ModelSpec(np.int64(2), (CouplingSpec("additive", np.int32(0), np.int32(1), (np.int64(3),)),))  # type: ignore[arg-type]
     assert model_from_tree(model_tree(spec, numbers(spec), (), DataInfo()), "x")[0] == spec
@@ -153,6 +163,14 @@ def array(path: str, value: Any) -> Change:
 
 def without(path: str, key: str | None = None) -> Change:
     return lambda tree: tree.arrays.pop(path) if key is None else tree.attrs[path].pop(key)
+
+
+def permuted(order: Any) -> Change:
+    def change(tree: Tree) -> None:
+        tree.attrs["/model"]["partition"] = "permutation"
+        tree.arrays["/model/order"] = order
+
+    return change
 
 
 def bad_element(path: str, value: float) -> Change:
@@ -180,7 +198,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "n_features negative": (attr("/model", "n_features", -5), "outside 2.."),
     "n_features of another flow": (attr("/model", "n_features", 6), "should have shape"),
     "n_features huge": (attr("/model", "n_features", 2**64 - 1), "outside 2.."),
-    "n_context": (attr("/model", "n_context", 1), "n_context must be 0"),
+    "n_context": (attr("/model", "n_context", 1), "layers/0/weight: should have shape (4, 4), has (3, 4)"),
     "n_couplings 0": (attr("/model", "n_couplings", 0), "outside 1.."),
     "n_couplings too small": (attr("/model", "n_couplings", 3), "n_couplings = 3"),
     "n_couplings too large": (attr("/model", "n_couplings", 5), "n_couplings = 5"),
@@ -189,7 +207,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "dtype": (attr("/model", "dtype", "float16"), "'dtype' is 'float16', this nicecp knows float32, float64"),
     "dtype of other arrays": (attr("/model", "dtype", "float32"), "should be float32, is float64"),
     "precision": (attr("/model", "precision", "int4"), "'precision'"),
-    "partition": (attr("/model", "partition", "halves"), "unknown partition 'halves'"),
+    "partition": (attr("/model", "partition", "thirds"), "unknown partition 'thirds'"),
+    "partition without its order": (attr("/model", "partition", "permutation"), "/model/order: is missing"),
+    "order without its partition": (array("/model/order", np.arange(5)), "/model/order: does not belong there"),
+    "order too short": (permuted(np.arange(4)), "/model/order: should have shape (5), has (4)"),
+    "order of floats": (permuted(np.arange(5.0)), "/model/order: should be int64, is float64"),
+    "order with a column twice": (permuted(np.array([0, 1, 2, 2, 4])), "column 2 is 2 times in the partition"),
+    "order beyond the columns": (permuted(np.arange(1, 6)), "column 5 in the partition is outside 0..4"),
+    "order below the columns": (permuted(np.arange(-1, 4)), "column -1 in the partition is outside 0..4"),
     "law": (attr("/model/couplings/0", "law", "cubic"), "unknown coupling law 'cubic'"),
     "parts alike": (attr("/model/couplings/0", "transforms", 0), "transforms the other"),
     "part 2": (attr("/model/couplings/0", "transforms", 2), "outside 0..1"),

@@ -328,7 +328,7 @@ class Spy:
     def load_batch(
         self, original: Any, x0: Any, x1: Any, weight: Any, data: Any, index: Any, rows: Any, *rest: Any
     ) -> None:
-        self.loads.append((self.records, x0, weight, data, index, rows, rest[2]))  # alive, so no address comes twice
+        self.loads.append((self.records, x0, weight, data, index, rows, rest[3]))  # alive, so no address comes twice
         original(x0, x1, weight, data, index, rows, *rest)
 
     def addresses(self, since: int) -> set[tuple[int, ...]]:
