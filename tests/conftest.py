@@ -33,7 +33,7 @@ LARGE = 500_000  # numbers in an array, for an emulated device
 @functools.cache
 def make_backend(name: str) -> Backend:
     if "emulated" in name and build.compiler() is None:
-        pytest.skip("g++ is not installed: the CUDA kernels are not run")
+        pytest.skip(build.MISSING)
     return BACKENDS[name]()
 
 

@@ -116,6 +116,20 @@ def test_nvcc_compiles_without_spilling(unit: str, architecture: int, tmp_path: 
     assert max(registers) <= MOST_REGISTERS[unit[-3:]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("unit", "pack"), [("update_f32", "v4.f32"), ("update_f64", "v2.f64")])
+def test_updates_move_sixteen_bytes_at_a_time(unit: str, pack: str, tmp_path: Path) -> None:
+    """Four loads and three stores of whole packs in each kernel; the compiler may cut a pack into numbers again."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(cuda_source.text(unit))
+    command = [nvcc(), *cuda_source.OPTIONS, "-arch=sm_90", "-ptx", "-o", str(tmp_path / "kernels.ptx"), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    text = (tmp_path / "kernels.ptx").read_text()
+    kernels = len(cuda_source.kernels(unit))
+    assert len(re.findall(rf"ld\.global(\.nc)?\.{pack}", text)) == 4 * kernels
+    assert len(re.findall(rf"st\.global\.{pack}", text)) == 3 * kernels
+
+
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 

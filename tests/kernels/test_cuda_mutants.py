@@ -14,11 +14,11 @@ from nicecp.kernels import cuda_source
 from nicecp.kernels.cuda_backend import CudaBackend
 from tests.emulated import build
 from tests.emulated.driver import EmulatedDriver
-from tests.kernels import checks, test_contract, test_cuda_borders, test_philox, test_update
+from tests.kernels import checks, test_contract, test_philox, test_update
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed"),
+    pytest.mark.skipif(build.compiler() is None, reason=build.MISSING),
 ]
 
 Gate = Callable[[Any], None]
@@ -37,12 +37,6 @@ def loss(backend: Any, n: int = 1000) -> None:
 
 
 load = partial(checks.check_load_batch, dtype="float64", data_type=np.uint8, n=33, d=31)
-
-
-def load_permuted(backend: Any) -> None:
-    test_cuda_borders.test_load_batch_in_any_order("float64", backend.driver.schedule, "permutation", 33, 31, np.uint8)
-
-
 dense = partial(checks.check_dense_backward, dtype="float64", relu=True, wanted=(True, True, True))
 bias = partial(checks.check_dense_forward, dtype="float64", n=33, i=5, relu=True)
 scored = partial(checks.check_scale_prior_forward, dtype="float64", n=33, prior="logistic", aliased=False)
@@ -128,7 +122,7 @@ MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
         [partial(load, first_row=2**32, padding=False)]),
     "noise of nine rounds": ("borders", "round < 10", "round < 9", [load]),
     "noise of the wrong half": ("borders", "column % 2 ? word >> 16", "column % 2 == 0 ? word >> 16", [load]),
-    "noise of the last block": ("borders", "column / 8 != block", "block < 0", [load_permuted]),
+    "noise of the last block": ("borders", "column / 8 != block", "block < 0", [partial(load, partition="random")]),
     "always the first batch": ("borders", "const int64 first = static_cast<int64>(state[SLOT_CURSOR]) * n;",
         "const int64 first = 0;", [load]),
     "padding with a weight": ("borders", "source < 0 ? 0.0 : 1.0", "1.0", [load]),

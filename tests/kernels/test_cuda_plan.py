@@ -36,7 +36,7 @@ from tests.emulated.driver import EmulatedDriver
 from tests.kernels.checks import Device, new_state
 from tests.kernels.test_update import ADAM
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 DEVICES = pytest.mark.parametrize(
     "device", [{}, {"epilogues": "all"}, {"epilogues": "unmasked"}], ids=["plain", "epilogues", "unmasked"]
@@ -333,7 +333,7 @@ def test_arguments_that_a_kernel_would_run_past_are_refused() -> None:
         lambda: backend.couple(x, x, wide, 1),
         lambda: backend.couple(x, x, device.out(4, 3, dtype="float32"), 1),
         lambda: backend.couple(x, x, wide[:, ::2], 1),
-        lambda: backend.split(device.out(4, 2), device.out(4, 2), x),
+        lambda: backend.split(device.out(4, 2), device.out(4, 2), x, device.put(np.arange(3), "int64")),
         lambda: backend.dense_forward(x, wide, device.out(6, 2), device.out(2), True),
         lambda: backend.dense_backward(None, device.out(6, 6), None, x, x, wide, device.out(6, 3), False),
         lambda: backend.matmul(x, wide, wide),

@@ -16,7 +16,7 @@ from tests.emulated.build import EmulatedKernel, EmulationError
 from tests.emulated.driver import EmulatedDriver
 from tests.emulated.memory import guarded
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 TEXT = (build.HERE / "planted.cu").read_text()
 NAMES = re.findall(r"^PLANTED\((\w+)\)", TEXT, re.MULTILINE)

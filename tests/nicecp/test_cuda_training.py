@@ -23,7 +23,7 @@ from tests import gates
 from tests.emulated import build
 from tests.emulated.driver import EmulatedDriver
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 BYTES = np.random.default_rng(1).integers(0, 256, (160, 9), np.uint8)
 FLOATS = np.random.default_rng(2).normal(2, 3, (160, 8))
