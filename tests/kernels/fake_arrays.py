@@ -90,6 +90,12 @@ class FakeArray:
     def __and__(self, other: Any) -> FakeArray:
         return self.cupy.compute(np.logical_and, self, other)
 
+    def __or__(self, other: Any) -> FakeArray:
+        return self.cupy.compute(np.logical_or, self, other)
+
+    def __invert__(self) -> FakeArray:
+        return self.cupy.compute(np.logical_not, self)
+
     # --- others' arrays -----------------------------------------------------------------------------------------------
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -106,5 +112,5 @@ class FakeArray:
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
-    name: getattr(np, name) for name in ("isfinite", "isnan", "where", "ascontiguousarray", "concatenate")
+    name: getattr(np, name) for name in ("isfinite", "isnan", "where", "ascontiguousarray", "concatenate", "maximum")
 }

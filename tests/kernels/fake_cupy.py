@@ -213,6 +213,9 @@ class FakeCupy:
     def empty(self, shape: Any, dtype: Any) -> FakeArray:
         return self._array(shape, dtype)
 
+    def ones(self, shape: Any, dtype: Any) -> FakeArray:
+        return self._make(shape, dtype, 1)
+
     # --- arithmetic ---------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

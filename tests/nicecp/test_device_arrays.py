@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_rows_that_are_not_finite(device: Any) -> None:
     x[1] = 1e300
     broken = {**PARAMETERS, "couplings/0/layers/0/weight": PARAMETERS["couplings/0/layers/0/weight"] * 1e300}
     there.set_parameters(broken)
-    with pytest.raises(FloatingPointError, match="log_prob of row 1 is not a number"):
+    with pytest.raises(FloatingPointError, match="log_prob of row 1 is not a finite number"):
         there.log_prob(put(device, x))
 
 
@@ -160,6 +161,10 @@ class Curved:
 
     kind = "curved"
     log_det = 0.0
+    affine = False
+
+    def log_det_rows(self, x: Any) -> Any:
+        return np.log(np.cosh(x)).sum(axis=1)
 
     def arrays(self) -> dict[str, Any]:
         return {}
@@ -170,8 +175,8 @@ class Curved:
     def inverse(self, z: Any) -> Any:
         return np.arcsinh(z)
 
-    def backward(self, dz: Any) -> Any:
-        return dz
+    def backward(self, dz: Any, x: Any) -> Any:
+        return dz * np.cosh(x) + np.tanh(x)
 
 
 def test_a_step_that_is_not_affine_wants_numpy(device: Any) -> None:
@@ -180,6 +185,24 @@ def test_a_step_that_is_not_affine_wants_numpy(device: Any) -> None:
         flow.log_prob(put(device, X))
     assert np.isfinite(flow.log_prob(X)).all()
     assert flow.sample(2, 1).shape == (2, D)
+
+
+def test_contexts_and_floors(device: Any) -> None:
+    """A context comes from the host: one for all rows, or one for each; where it is NaN, so is the density."""
+    spec = gates.make_spec(D, [(6,), (6,), (6,)], "logistic", "float64")
+    spec = replace(spec, n_context=2)
+    made = [NICE.from_spec(spec, None, (), seed=2, init="he", backend=b) for b in (device, get_backend("cpu", 1))]
+    contexts = np.random.default_rng(4).normal(size=(len(X), 2))
+    contexts[3, 1] = np.nan
+    for context in (contexts[0], contexts):
+        there, here = ([flow.log_prob(x, context, floor=-8.0), *flow.forward(x, context)] for flow, x in
+                       zip(made, (put(device, X), X), strict=True))  # fmt: skip
+        for result, expected in zip(there, here, strict=True):
+            np.testing.assert_allclose(get(device, result), expected, rtol=1e-10)
+    assert np.nanmin(here[0]) == -8.0, "the floor is reached"
+    with pytest.raises(ValueError, match="one, or one for each"):
+        made[0].log_prob(put(device, X), contexts[:4])
+    np.testing.assert_allclose(made[0].sample(3, 1, contexts[0]), made[1].sample(3, 1, contexts[0]), rtol=1e-10)
 
 
 def test_training_and_all_that_follows(device: Any) -> None:
