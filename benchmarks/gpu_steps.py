@@ -1,7 +1,7 @@
 """Training steps on a GPU: nicecp beside PyTorch and JAX, on the same resident rows with the same batch and precision.
 
-Each contestant has a process of its own. Before it is timed, its losses from the same weights on the same batches with the
-same noise must agree with nicecp's. Compilation (up to the end of the first chunk) is measured apart.
+Each contestant has a process of its own. Before it is timed, its losses from the same weights on the same batches with
+the same noise must agree with nicecp's. Compilation (up to the end of the first chunk) is measured apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The paper's MNIST number: rows of a table, each a training run of up to 1500 epochs, in chunks that resume one another.
+"""The paper's MNIST number: rows of a table, each a run of up to 1500 epochs, in chunks that go on from one another.
 
-Called again and again with the same folder until it says that it is finished; then the folder holds results.json, results.txt,
-and of the best row by validation its curve, samples and inpainted images.
+Called again and again with the same folder until it says that it is finished; then the folder holds results.json,
+results.txt, and of the best row by validation its curve, samples and inpainted images.
 """
 
 from __future__ import annotations
