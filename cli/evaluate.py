@@ -56,6 +56,7 @@ def evaluate(
     weights: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Mean log-likelihood of CHECKPOINT's flow on data.
@@ -68,12 +69,12 @@ def evaluate(
     from nicecp.scoring import score
 
     spec = data if context is None and weights is None else DataSpec(data, context, weights)
-    result = score(checkpoint, spec, split, seed, device, threads)
+    result = score(checkpoint, spec, split, seed, device, threads, precision)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, spec, split, seed, device, threads)
+        others = compare(checkpoint, spec, split, seed, device, threads, precision)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

@@ -11,6 +11,7 @@ from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
     beside_options,
+    byte_size,
     command,
     data_name,
     hidden_sizes,
@@ -191,6 +192,13 @@ def _number_options(function: Any) -> Any:
 @beside_options("none")
 @machine_options
 @click.option(
+    "--device-memory-limit",
+    type=byte_size,
+    metavar="SIZE",
+    show_default="all there is",
+    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+)
+@click.option(
     "--checkpoint-every",
     type=interval,
     metavar="TIME|EPOCHS",
@@ -304,6 +312,8 @@ _NAMES = (
     "dtype",
     "preset",
     "optimizer",
+    "precision",
+    "device_memory_limit",
     "partition",
 )
 _OPTIONS["order"] = "--partition-file"

@@ -73,6 +73,7 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> list[Baseline]:
     """Baselines fitted to the rows that a checkpoint's flow was trained on, scored on those that scoring.score means.
 
@@ -82,7 +83,7 @@ def compare(
 
     Raises as score; DataError also where the training rows are not in the data.
     """
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     data = as_recorded(data, record)
     if flow.context is not None or has_weights(data):
         what = "that are conditioned on a context" if flow.context is not None else "on weighted rows"

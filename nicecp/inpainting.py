@@ -102,6 +102,7 @@ def inpaint_images(
     context: ArrayLike | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Painted:
     """Hide pixels of n images of a data set and let a checkpoint's flow fill them in (nicecp.inpaint.inpaint).
@@ -124,7 +125,7 @@ def inpaint_images(
     ValueError, TrainingError, MemoryError
         As inpaint; n or first is out of bounds.
     """
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     check_drawable(flow, checkpoint, "inpainting is for images")
     assert flow.info.image_shape is not None
     masks = masks_of(mask, flow.info.image_shape, seed)

@@ -42,6 +42,18 @@ def blas_version() -> str:
     return found[0] if found else "unknown"
 
 
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            for line in info:
+                if line.startswith(("model name", "Model")):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def default_threads() -> int:
     """As many as the BLAS would use: its environment variables and the process's CPUs have been taken into account."""
     counts = [count for library in _blas() if isinstance(count := library.get("num_threads"), int) and count > 0]

@@ -19,7 +19,7 @@ from nicecp.extras import fit_context, weights_noted
 from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
-from nicecp.kernels.backend import Slot
+from nicecp.kernels import Slot, with_precision
 from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
@@ -64,6 +64,7 @@ class Run:
             settings.seed,
             settings.window,
             settings.activations,
+            settings.device_memory_limit,
         )
         self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
@@ -130,7 +131,7 @@ class Run:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = open_backend(device, threads)
+            backend = with_precision(open_backend(device, threads), settings.precision, required=True)
             events = discrete_columns_noted(splits.train)
             steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)
