@@ -194,7 +194,7 @@ def fit(
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called)
-        trainer.record.versions = versions()
+        trainer.record.versions = versions(flow.backend)
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         trainer.record.events += events + weights_noted(train, flow.n_parameters)
         return trainer.run()

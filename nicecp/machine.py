@@ -17,15 +17,17 @@ def _blas() -> list[dict[str, object]]:
     return [library for library in threadpool_info() if library.get("user_api") == "blas"]
 
 
-def versions() -> dict[str, str]:
-    """Name to version of all that can change a run's bits."""
+def versions(backend: Backend | None = None) -> dict[str, str]:
+    """Name to version of all that can change a run's bits, with a GPU's of a backend on one."""
     import h5py
     import numba
     import numpy as np
 
     from nicecp import __version__
 
-    return {
+    driver = getattr(backend, "driver", None)
+    gpu = {} if driver is None else {"gpu": f"{driver.name}, {driver.precision}"}
+    return gpu | {
         "nicecp": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -69,7 +69,7 @@ class Run:
         self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
         self.trainer.record.config = self._config()
-        self.trainer.record.versions = versions()
+        self.trainer.record.versions = versions(flow.backend)
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nicecp.evaluate import evaluate
+from nicecp.evaluate import Evaluator, evaluate
 from nicecp.flow import NICE
 from nicecp.inpaint import inpaint
 from nicecp.kernels import get_backend
@@ -240,3 +240,21 @@ def test_numbers_that_are_not_finite_are_seen(device: Any) -> None:
     assert device.is_finite(array)
     device.copy_in(array, np.array([1.0] * 9 + [np.inf]))
     assert not device.is_finite(array)
+
+
+def test_validation_is_written_down_once(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over the same rows with the same parameters is replayed; other seeds and parameters are not mixed up."""
+    data = np.random.default_rng(2).integers(0, 256, (40, D), np.uint8)
+    flow = NICE.from_spec(SPEC, PARAMETERS, (Dequantize(),), backend=device)
+    recorded: list[object] = []
+    right = type(device).record
+    monkeypatch.setattr(type(device), "record", lambda self, step: recorded.append(step) or right(self, step))
+    evaluator, views = Evaluator(flow, Split.contiguous(ArraySource(data), 0, 40, Purpose.VALID_NOISE)), flow._views
+    first, second = (evaluator.run(views, 1, epoch).mean for epoch in (1, 2))
+    assert first != second, "every epoch has noise of its own"
+    assert len(recorded) == 1
+    assert evaluator.run(views, 1, 1).mean == first
+    assert evaluator.run(views, 3, 1).mean != first
+    zeros = flow.network.layout.views(device.alloc(flow.network.layout.size, "float64"))
+    assert evaluator.run(zeros, 3, 1).mean != first
+    assert len(recorded) == 3
