@@ -90,9 +90,10 @@ class Settings:
         each = given.pop("hidden_by_coupling", None)
         if each is not None:
             each = tuple(tuple(int(size) for size in sizes) for sizes in each)
-        order = given.pop("order", None)
+        order, logit = given.pop("order", None), given.pop("logit", None)
         settings = cls(
             order=None if order is None else tuple(int(column) for column in order),
+            logit=None if logit is None else float(logit),
             hidden=hidden,
             coupling=laws,
             hidden_by_coupling=each,
