@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, row_options
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -20,6 +20,7 @@ EXAMPLES = """\
   nicecp evaluate run.h5 --data mnist.h5 --split valid
   nicecp evaluate run.h5 --data other.h5:/measurements --json
   nicecp evaluate run.h5 --data mnist.h5 --compare
+  nicecp evaluate run.h5 --data other.h5 --context other.h5:/ctx
 """
 
 
@@ -42,6 +43,8 @@ EXAMPLES = """\
     help="Beside it a full-covariance Gaussian fitted to the training rows, factor analysis and a mixture where "
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
+@beside_options("where the run had it; none: without")
+@row_options
 @machine_options
 @json_option
 def evaluate(
@@ -50,24 +53,29 @@ def evaluate(
     split: str,
     seed: int | None,
     comparing: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     as_json: bool,
+    **used: str | None,
 ) -> None:
     """Mean log-likelihood of CHECKPOINT's flow on data.
 
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    from nicecp.beside import spec_of
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.scoring import score
 
-    result = score(checkpoint, data, split, seed, device, threads)
+    spec = spec_of(data, context=context, weights=weights, **used)
+    result = score(checkpoint, spec, split, seed, device, threads)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, data, split, seed, device, threads)
+        others = compare(checkpoint, spec, split, seed, device, threads)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

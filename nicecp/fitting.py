@@ -108,6 +108,8 @@ def fit(
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
@@ -134,6 +136,8 @@ def fit(
         loss and all means are weighted, and the rows that validate hold ``valid_fraction`` of the weight.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
+    schedule : "constant" or "cosine"; weight_decay : float
+        Of the learning rate over the epochs, and of the networks' weights (nicecp.decay).
     activations : "store", "halves" or "recompute"
         What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
@@ -158,7 +162,8 @@ def fit(
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
-    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
+    more = {"activations": activations, "schedule": schedule, "weight_decay": weight_decay}
+    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, **more)
     spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train

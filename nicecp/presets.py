@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.decay import check_decay
 from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
@@ -52,14 +53,16 @@ class Settings:
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
     activations: str = "store"
+    schedule: str = "constant"  # of the learning rate: nicecp.decay
+    weight_decay: float = 0.0
     transform: str = NONE  # of single float columns: nicecp.transform_spec
 
-    def model_spec(self, n_features: int) -> ModelSpec:
+    def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
         partition, order = self.partition, self.order
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, partition=partition, order=order)
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, partition=partition, order=order)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -167,6 +170,9 @@ def resolve(
         hidden_by_coupling=chosen.hidden_by_coupling,
         partition=chosen.partition,
         transform=NONE if eight_bit else chosen.transform,
+        coupling=chosen.coupling,
+        schedule=chosen.schedule,
+        weight_decay=chosen.weight_decay,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -211,6 +217,7 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    check_decay(settings.schedule, settings.weight_decay)
     if settings.transform != NONE:
         parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
