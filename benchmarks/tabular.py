@@ -1,6 +1,6 @@
 """Held-out log-likelihood of the tabular preset on tables, beside mixtures and kernels of scikit-learn.
 
-    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu,...] [--models nicecp,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
 
 FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are the file's own; of the
 training rows a sixth, drawn by the seed as ``nicecp train`` draws it, validates: it stops nicecp's training, and chooses

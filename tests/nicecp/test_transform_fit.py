@@ -139,7 +139,7 @@ def test_an_outlier_needs_more_than_standardisation() -> None:
 def test_bounds_are_checked() -> None:
     with pytest.raises(DataError, match=r"column 0 \('gauss'\): \d+ of 3000 training rows are not above 0.*reach from"):
         fitted("gauss=log", table())
-    with pytest.raises(DataError, match="between 0 and 0.5"):
+    with pytest.raises(DataError, match=r"between 0 and 0\.5"):
         fitted("eff=logit(0:0.5)", table())
     with pytest.raises(ValueError, match="auto stands alone"):
         fitted("eff=auto+log", table())
