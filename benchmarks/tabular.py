@@ -123,9 +123,8 @@ def main() -> None:
             if splits.valid is None or splits.test is None:
                 raise SystemExit(f"{path!r} needs rows to validate and to test on")
             parts = [np.asarray(part.load()[0], np.float64) for part in (splits.train, splits.valid, splits.test)]
-        print(
-            f"{table}: {', '.join(str(len(part)) for part in parts)} rows train, validate, test; {parts[0].shape[1]} columns"
-        )
+        sizes = ", ".join(str(len(part)) for part in parts)
+        print(f"{table}: {sizes} rows train, validate, test; {parts[0].shape[1]} columns")
         print(f"{'':12}  {'mean':>9}    {'error':>5}  {'trimmed':>9}  {'minimum':>9}  seconds")
         for name in given.models.split(","):
             began = time.perf_counter()

@@ -161,7 +161,14 @@ def _number_options(function: Any) -> Any:
     type=value_range,
     metavar="LO,HI",
     show_default="0,1",
-    help="Where 8-bit values are dequantized to.",
+    help="Where 8-bit values are dequantized to; with --logit, where floats lie.",
+)
+@click.option(
+    "--logit",
+    type=click.FloatRange(0, 0.5, max_open=True),
+    metavar="MARGIN",
+    show_default="none",
+    help="Send data in --range to the whole line by a logit that keeps MARGIN away from its ends, such as 0.05.",
 )
 @click.option(
     "--whiten",
@@ -321,7 +328,7 @@ _NAMES = (
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations", "transform")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations", "transform")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -184,6 +184,19 @@ def put_at(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def call_special(typingctx, function, *numbers):  # type: ignore[no-untyped-def]
+    """One of SciPy's compiled special functions by its address: double f(double, ..., int), the last for Cython."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        double, whole = ir.DoubleType(), ir.IntType(32)
+        values = cgutils.unpack_tuple(builder, arguments[1])
+        kind = ir.FunctionType(double, [*[double] * len(values), whole])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [*values, ir.Constant(whole, 0)])
+
+    return types.float64(types.int64, types.StarArgTuple.from_types(numbers)), codegen
+
+
+@intrinsic
 def call_point(typingctx, program, x, line, context, context_line):  # type: ignore[no-untyped-def]
     """The compiled function that a point's program names in its first word (kernels/point.py), called with these."""
 

@@ -16,6 +16,7 @@ from nicecp.kernels._numba_factors import _bounded, _factor
 from nicecp.kernels._numba_layers import _exp_minus
 from nicecp.kernels._numba_native import call_point, item_size, number_at, put_at
 from nicecp.kernels._numba_simd import dense_row
+from nicecp.kernels._numba_transforms import transform
 from nicecp.kernels.backend import FACTOR_BOUND
 from nicecp.kernels.jit import c_function, inlined, kernel
 from nicecp.kernels.point import PointField, PointOp
@@ -27,7 +28,7 @@ _HEADER, _SIZE, _NUMBERS, _ARRAYS = (
 _ROWS, _SCRATCH, _LOG_DET = (8 * word for word in (PointField.ROWS, PointField.SCRATCH, PointField.LOG_DET))
 _FEATURES, _CONTEXT_SIZE = 8 * PointField.FEATURES, 8 * PointField.CONTEXT
 _SHIFT, _CHECK, _GATHER, _CONTEXT = PointOp.SHIFT, PointOp.CHECK, PointOp.GATHER, PointOp.CONTEXT
-_DENSE, _COUPLE, _PRIOR = PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR
+_DENSE, _COUPLE, _PRIOR, _STANDARDIZE = PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR, PointOp.STANDARDIZE
 _DOUBLE, _INTEGER = np.float64(0), np.int64(0)
 _BOUND, _HALF_LOG_2PI = FACTOR_BOUND, 0.5 * math.log(2.0 * math.pi)
 _PRODUCT = 64  # factors of at most 2 that are multiplied before a logarithm is taken: they cannot overflow
@@ -73,7 +74,7 @@ def _log_prior(z, h, s, k, prior, one):  # type: ignore[no-untyped-def]
     return total
 
 
-def _core(one: Any) -> Any:
+def _core(one: Any, transforms: bool) -> Any:
     """What evaluates a point, for weights of one's dtype, to be compiled."""
     largest = float(np.finfo(one.dtype).max)
     narrow = one.dtype != np.float64  # else LLVM drops a second copy of the layer's code
@@ -131,20 +132,24 @@ def _core(one: Any) -> Any:
             elif op == _SHIFT:
                 for c in range(0, 8 * n, 8):
                     put_at(z + c, number_at(z + c, _DOUBLE) - number_at(a + c, _DOUBLE))
-            else:
+            elif op == _STANDARDIZE:
                 for c in range(0, 8 * n, 8):
                     value = number_at(z + c, _DOUBLE) - number_at(a + c, _DOUBLE)
                     put_at(z + c, value / number_at(b + c, _DOUBLE))
+            elif transforms:  # else Numba does not compile what follows
+                value, log_slope = transform(n, number_at(z, _DOUBLE), a, b)
+                put_at(z, value)
+                total += log_slope
         return total if math.isfinite(total) else FAILED
 
     return core
 
 
 @cache
-def core_address(dtype: str) -> int:
+def core_address(dtype: str, transforms: bool) -> int:
     """Address of double core(program, x, line, context, line) for weights of that dtype."""
-    core = _core(np.dtype(dtype).type(1))
-    core.__qualname__ = f"core_{dtype}"
+    core = _core(np.dtype(dtype).type(1), transforms)
+    core.__qualname__ = f"core_{dtype}_transforms" if transforms else f"core_{dtype}"
     return int(c_function(float64(int64, int64, int64, int64, int64), core).address)
 
 

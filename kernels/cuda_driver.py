@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -155,3 +155,18 @@ class Driver(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
+
+
+@runtime_checkable
+class Lanes(Protocol):
+    """What a driver with several side streams has as well; one without has a single lane."""
+
+    @property
+    def lanes(self) -> int:
+        """How many."""
+
+    def side(self, lane: int = 0, after: Sequence[Token] = ()) -> AbstractContextManager[Token]:
+        """As Driver.side, on one of the side streams: blocks of a lane run one after the other.
+
+        It begins after these blocks of other lanes, and after all that the main stream was given before it.
+        """

@@ -25,6 +25,18 @@ class PointOp:
     COUPLE = 7  # place, n, m, law (0 additive, 1 multiplicative, 2 affine)
     PRIOR = 8  # place, n, place for h, prior; s, of the flow's dtype
 
+    COLUMN = 9  # place of one number, its ColumnKind; table (and addresses of functions): adds log dz/dx
+
+
+class ColumnKind:
+    """Transforms of a single column (kernels/_numba_transforms.py)."""
+
+    LOG = 1
+    LOGIT = 2
+    ANGLE = 3
+    STUDENT = 4
+    QUANTILE = 5
+
 
 class PointField:
     """The header, and columns of a row."""
@@ -51,6 +63,7 @@ class Program:
         self.rows: list[list[int]] = []
         self.arrays: list[NDArray[Any]] = []
         self.log_det = 0.0  # nats
+        self.transforms = False  # whether there are COLUMN rows
         self.scratch = 0
         self.x = self.place(features)  # the point is put there
 
@@ -65,6 +78,7 @@ class Program:
         for array in arrays:
             if not array.flags.c_contiguous:
                 raise ValueError("kernels work on C-contiguous arrays")
+        self.transforms |= op == PointOp.COLUMN
         row = [op, *(int(number) for number in numbers)]
         row += [0] * (PointField.ARRAYS - len(row)) + [array.ctypes.data for array in arrays]
         self.rows.append(row + [0] * (PointField.SIZE - len(row)))

@@ -18,11 +18,12 @@ from nicecp.context import Context
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend
 from nicecp.native import CFunction, Snapshot
-from nicecp.preprocessing import Step
+from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import SECTIONS, Reader, model_tree, read_context, read_model
 from nicecp.spec import ModelSpec, whole_number
 from nicecp.store import read_tree, write_tree
+from nicecp.transforms import ColumnStep
 
 FloatArray = NDArray[np.float64]
 
@@ -106,7 +107,11 @@ class Density(ABC):
 
         Dequantized values count as unbounded: the flow has a density, small as it is, beyond their range.
         """
-        return np.tile([-np.inf, np.inf], (self.dim, 1))
+        ends = unbounded = np.tile([[-np.inf], [np.inf]], (1, self.dim))
+        for step in reversed(self.preprocessing):
+            column_by_column = isinstance(step, (ColumnStep, Standardize, Dequantize))
+            ends = step.inverse(ends) if column_by_column else unbounded
+        return np.ascontiguousarray(ends.T)
 
     # --- as a distribution ------------------------------------------------------------------------
 
@@ -177,9 +182,7 @@ class Density(ABC):
         return CFunction(self._snapshot(), -np.inf if floor is None else float(floor), exponentiate)
 
     def _snapshot(self) -> Snapshot:
-        if self.context is not None:
-            raise ValueError("a flow with a context has no compiled form yet: call log_prob(x, context)")
-        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing)
+        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing, self.context)
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -156,7 +156,9 @@ class Evaluator:
             position = int(bad[0])
             block = int(np.searchsorted(self.split.bounds, position, side="right")) - 1
             row = int(self.split.rows_of_block(block)[position - int(self.split.bounds[block])])
-            problem = f"the log-density of row {row} is {values[position]}: the flow overflows there"
+            affine = all(step.affine for step in self.flow.preprocessing)
+            why = "the flow overflows there" + ("" if affine else ", or its preprocessing does not take such values")
+            problem = f"the log-density of row {row} is {values[position]}: {why}"
             raise DataError(about_file(self.split.source.name, problem, "look at this row, or train a new flow"))
         return self._summary(values)
 

@@ -21,7 +21,7 @@ from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
-from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, spec_of, whole_number
 from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
@@ -53,6 +53,9 @@ class NICE(Density):
     partition : "odd-even", "halves" or a sequence of int
         The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
         and the second half of a permutation of the features' numbers.
+    network : "mlp" or a registered name
+        What couplings read: dense ReLU layers, or a network of one's own. A law of one's own is a name in ``coupling``.
+        See nicecp.registry and docs/extending.md.
     n_context : int
         k, at least 0: the density is p(x | context) for a context of k numbers, which every network reads beside its
         half of the features (nicecp.context). context_names : what they are called.
@@ -77,6 +80,7 @@ class NICE(Density):
         *,
         coupling: str | Sequence[str] = "additive",
         partition: str | Sequence[int] = "odd-even",
+        network: str = "mlp",
         n_context: int = 0,
         context_names: Sequence[str] | None = None,
         init: str = "paper",
@@ -85,17 +89,11 @@ class NICE(Density):
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        sizes = hidden_sizes(hidden)
-        count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
-        couplings = alternating(sizes, count, laws)
-        name = "float64" if open_dtype else dtype_name(dtype)
-        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
-        k = whole_number(n_context, "n_context")
-        spec = ModelSpec(d, couplings, prior, name, k, partition=parted, order=order)
-        if context_names is not None and k < 1:
+        made_of = (prior, "float64" if open_dtype else dtype, coupling, partition, network, n_context)
+        spec = spec_of(n_features, hidden, n_couplings, *made_of)
+        if context_names is not None and not spec.n_context:
             raise ValueError("context_names are for a flow with a context: give n_context too")
-        context = Context.unscaled(k, context_names) if k else None
+        context = Context.unscaled(spec.n_context, context_names) if spec.n_context else None
         self._build(spec, None, tuple(preprocessing), DataInfo(), context, seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -151,7 +149,8 @@ class NICE(Density):
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
-        self._few = FEW // spec.n_parameters if backend.device == "cpu" and has_compiled_form(preprocessing) else 0
+        compiled = backend.device == "cpu" and has_compiled_form(spec, preprocessing)
+        self._few = FEW // spec.n_parameters if compiled else 0
         self._points: Points | None = None
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
@@ -206,10 +205,10 @@ class NICE(Density):
             A finite row gave no finite number: the parameters are broken, or it overflows on its way.
         """
         rows, shape, given = self._rows(x, context)
-        if given is None and len(rows) <= self._few:
+        if len(rows) <= self._few:
             if self._points is None:
                 self._points = Points(self.spec, self._views, self.preprocessing)
-            out = self._points.log_prob(rows, floor)
+            out = self._points.log_prob(rows, given, floor)
         else:
             out = self._log_prob_in_chunks(rows, given, floor)
         if shape == ():
@@ -326,7 +325,7 @@ class NICE(Density):
     def sample(
         self,
         n: int,
-        rng: int | np.random.Generator | None = None,
+        rng: int | np.random.Generator | np.random.RandomState | None = None,
         context: ArrayLike | None = None,
         return_log_prob: bool = False,
     ) -> Any:
@@ -334,8 +333,8 @@ class NICE(Density):
 
         context : (k,) for all of them, or (n, k), one for each, for a flow with a context.
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
-        one); a Generator gives that seed; None takes one from the operating system. return_log_prob : also their
-        log-densities (n,), those that log_prob gives for them.
+        one); a Generator or RandomState gives that seed; None takes one from the operating system.
+        return_log_prob : also their log-densities (n,), those that log_prob gives for them.
         """
         n, seed = whole_number(n, "n"), seed_of(rng)
         if n < 0:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.borders import refuse_overflow
+from nicecp.context import Context
 from nicecp.kernels.backend import ALIGNMENT, PRIORS
-from nicecp.kernels.point import PointModel, PointOp, Program
+from nicecp.kernels.point import ColumnKind, PointModel, PointOp, Program
 from nicecp.params import Layout, Views
 from nicecp.preprocessing import Standardize, Step, Triangular, Zca
 from nicecp.spec import LAWS, ModelSpec
+from nicecp.transforms import ColumnStep, Quantile, Student
 
 FloatArray = NDArray[np.float64]
 
@@ -48,24 +50,68 @@ def _triangular(program: Program, at: int, step: Triangular) -> int:
     return _dense(program, at, step.lower.T, step.bias)
 
 
+def _columns(kind: int, *names: str) -> Callable[[Program, int, Any], int]:
+    """A transform whose columns have one number each of these names."""
+
+    def add(program: Program, at: int, step: ColumnStep) -> int:
+        for j, column in enumerate(step.columns):
+            table = np.array([getattr(step, name)[j] for name in names])
+            program.add(PointOp.COLUMN, at + int(column), kind, arrays=(table,))
+        return at
+
+    return add
+
+
+def _student(program: Program, at: int, step: Student) -> int:
+    from nicecp.kernels._numba_transforms import special_functions
+
+    numbers = (step.freedom, step.location, step.scale, step.log_norm, step.log_tail)
+    for column, table in zip(step.columns, np.stack(numbers, axis=1), strict=True):
+        program.add(PointOp.COLUMN, at + int(column), ColumnKind.STUDENT, arrays=(table, special_functions()))
+    return at
+
+
+def _quantile(program: Program, at: int, step: Quantile) -> int:
+    for column, knots in zip(step.columns, step.splines, strict=True):
+        table = np.concatenate([[len(knots.x)], knots.tail, knots.x, knots.z, knots.slope])
+        program.add(PointOp.COLUMN, at + int(column), ColumnKind.QUANTILE, arrays=(table,))
+    return at
+
+
+def _unchanged(program: Program, at: int, step: Step) -> int:
+    return at
+
+
 # A step of preprocessing at a place of the scratch array -> the place of its result.
 _STEPS: dict[str, Callable[[Program, int, Any], int]] = {
-    "dequantize": lambda program, at, step: at,
+    "dequantize": _unchanged,
+    "recorded": _unchanged,
     "standardize": _standardize,
     "zca": _zca,
     "triangular": _triangular,
+    "log": _columns(ColumnKind.LOG, "low"),
+    "logit": _columns(ColumnKind.LOGIT, "low", "high"),
+    "angle": _columns(ColumnKind.ANGLE, "cut", "period"),
+    "student": _student,
+    "quantile": _quantile,
 }
 
 
-def has_compiled_form(steps: Sequence[Step]) -> bool:
-    return all(step.kind in _STEPS for step in steps)
+def has_compiled_form(spec: ModelSpec, steps: Sequence[Step]) -> bool:
+    """Whether point_program takes them: couplings, networks and steps that are written in Python alone have none."""
+    return not spec.registered and all(step.kind in _STEPS for step in steps)
 
 
-def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Program:
+def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step], scale: Context | None = None) -> Program:
     """The log-density of a flow with the weights that these views show whenever it is carried out.
 
-    Raises ValueError for a step of preprocessing that has no compiled form.
+    scale : of the context that is passed to it; None where networks read that as it is
+
+    Raises ValueError for a step of preprocessing, a coupling or a network that has no compiled form.
     """
+    if spec.registered:
+        names = ", ".join(repr(name) for name in spec.registered)
+        raise ValueError(f"{names} are written in Python and have no compiled form: use log_prob")
     parts, context = spec.part_sizes, spec.n_context
     program = Program(spec.n_features, context, spec.dtype)
     at = program.x
@@ -80,6 +126,8 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Progr
         program.add(PointOp.GATHER, place, size, at, arrays=(index,))
         if context:  # every network reads it behind the part that it conditions on
             program.add(PointOp.CONTEXT, place + size, context)
+            if scale is not None:
+                program.add(PointOp.STANDARDIZE, place + size, context, arrays=(scale.mean, scale.std))
     widest = max(max(spec.layer_sizes(k)[1:]) for k in range(len(spec.couplings)))
     turns = [program.place(max(widest, *parts)) for _ in range(2)]
     for coupling, layers in zip(spec.couplings, views.couplings, strict=True):
@@ -98,11 +146,14 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Progr
 class Snapshot(PointModel):
     """The log-density of a flow with the weights that it had: later training does not reach it."""
 
-    def __init__(self, spec: ModelSpec, flat: NDArray[Any], steps: Sequence[Step]) -> None:
+    def __init__(
+        self, spec: ModelSpec, flat: NDArray[Any], steps: Sequence[Step], scale: Context | None = None
+    ) -> None:
         from nicecp.kernels._numba_point import core_address
 
-        self._made_of = spec, aligned_copy(flat), tuple(steps)
-        super().__init__(point_program(spec, Layout(spec).views(self._made_of[1]), steps), core_address(spec.dtype))
+        self._made_of = spec, aligned_copy(flat), tuple(steps), scale
+        program = point_program(spec, Layout(spec).views(self._made_of[1]), steps, scale)
+        super().__init__(program, core_address(spec.dtype, program.transforms))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, self._made_of
@@ -123,14 +174,20 @@ class Points:
     def __init__(self, spec: ModelSpec, views: Views, steps: Sequence[Step]) -> None:
         from nicecp.kernels._numba_point import core_address, score_rows
 
-        self._model = PointModel(point_program(spec, views, steps), core_address(spec.dtype))
+        program = point_program(spec, views, steps)
+        self._model = PointModel(program, core_address(spec.dtype, program.transforms))
         self._score_rows: Any = score_rows
-        self._context = np.empty((0, 0))
+        self._no_context = np.empty((0, 0))
 
-    def log_prob(self, rows: NDArray[Any], floor: float | None) -> FloatArray:
-        """rows : (n, d) -> (n,) in nats; FloatingPointError for a finite row without a finite log-density."""
-        out = np.empty(len(rows))
-        self._score_rows(out, self._model.program, np.ascontiguousarray(rows, np.float64), self._context)
+    def log_prob(self, rows: NDArray[Any], given: NDArray[Any] | None, floor: float | None) -> FloatArray:
+        """rows : (n, d), given : their context as networks see it, (n, k) or (1, k) -> (n,) in nats.
+
+        Raises FloatingPointError for a finite row without a finite log-density.
+        """
+        out, context = np.empty(len(rows)), self._no_context
+        if given is not None:
+            context = np.array(np.broadcast_to(given, (len(rows), given.shape[1])), np.float64, order="C")
+        self._score_rows(out, self._model.program, np.ascontiguousarray(rows, np.float64), context)
         failed = out == np.inf
         if failed.any():
             refuse_overflow(failed, "log_prob")

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.errors",),
     ("nicecp.kernels",),
     (
+        "nicecp.registry",
         "nicecp.spec",
         "nicecp.context",
         "nicecp.preprocessing",
@@ -34,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.schema",
         "nicecp.params",
         "nicecp.mlp",
+        "nicecp.host",
         "nicecp.coupling",
         "nicecp.scaling",
         "nicecp.network",

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from numba.core.errors import NumbaWarning
 
+from nicecp import spline
 from nicecp.flow import NICE
-from nicecp.preprocessing import Dequantize, Standardize, Step, Triangular, Zca
+from nicecp.preprocessing import Dequantize, Standardize, Step, Triangular, Zca, undo_steps
+from nicecp.transforms import Angle, Log, Logit, Quantile, Recorded, Student
 from tests import gates, oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,11 +51,24 @@ def make(
     spec = gates.make_spec(d, hidden, prior, dtype, laws=laws, **partition)
     parameters = gates.draw_parameters(spec)
     z = np.random.default_rng(1).normal(0, 1.5, (20, d))
-    x, log_det = z, 0.0
-    for step in reversed(steps):
-        x, log_det = step.inverse(x), log_det + step.log_det
+    x, log_det = undo_steps(steps, z)
     flow = NICE.from_spec(spec, parameters, steps)
-    return flow, x, oracle.log_prob(spec, gates.host_parameters(flow), z) + log_det
+    return flow, x, oracle.log_prob(spec, gates.host_parameters(flow), z) - log_det
+
+
+def transforms(*kinds: str) -> tuple[Step, ...]:
+    """Steps for columns 0, 2 and, of the quantile transform, 1; behind them what fitted flows have."""
+    columns, edge = np.array([0, 2]), np.array([-3.0, 0.5])
+    knots = spline.fit_knots(np.random.default_rng(5).standard_t(3, 500), 12)
+    made: dict[str, Step] = {
+        "recorded": Recorded(columns, np.array([0.1, 0.2])),
+        "log": Log(columns, edge),
+        "logit": Logit(columns, edge, np.array([-1.0, 9.0])),
+        "angle": Angle(columns, edge, np.array([2 * np.pi, 24.0])),
+        "student": Student(columns, np.array([1.5, 4.0]), edge, np.array([0.5, 3.0])),
+        "quantile": Quantile.of(np.array([1]), [knots]),
+    }
+    return (*(made[kind] for kind in kinds), *gates.standardize(D))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -72,6 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
     "standardize": {"steps": gates.standardize(D)},
     "dequantize": {"steps": (Dequantize(-1.0, 1.0), Standardize(np.full(D, 0.5), np.full(D, 0.25)))},
     "zca": {"steps": (*gates.standardize(D), zca(D)), "dtype": "float32"},
+    **{kind: {"steps": transforms(kind)} for kind in ("recorded", "log", "logit", "angle", "student", "quantile")},
+    "all columns": {"steps": (*transforms("log", "quantile"), zca(D)), "dtype": "float32"},
     "triangular": {"steps": (triangular(D), zca(D), triangular(D))},
 }
 
@@ -195,6 +212,23 @@ def test_steps_without_a_compiled_form_are_named() -> None:
             make_it()
     plain = make()[0]
     np.testing.assert_allclose(flow.log_prob(x), plain.log_prob(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["log", "logit", "angle", "student", "quantile"])
+def test_transforms_agree_with_those_of_rows_everywhere(kind: str) -> None:
+    """At the ends of the support, beyond them, at knots and far out; the rows' have tests of their own."""
+    flow, _, _ = make(steps=transforms(kind))
+    column = 1 if kind == "quantile" else 2
+    step = flow.preprocessing[0]
+    knots = step.x if isinstance(step, Quantile) else []
+    places = [-1e300, -1e30, -40.0, 0.5, np.nextafter(0.5, 1), 8.99, 9.0, 9.5, 24.5, 1e5, 1e30, 1e300, np.nan, *knots]
+    x = np.zeros((len(places), D))
+    x[:, 0], x[:, column] = -2.0, places
+    log_prob = flow.njit_log_prob()
+    expected = gates.log_prob_of_many(flow, x)
+    np.testing.assert_allclose([log_prob(row) for row in x], expected, rtol=1e-11)
+    np.testing.assert_allclose(flow.log_prob(x), expected, rtol=1e-11)
+    assert np.isinf(expected).any() == (kind in ("log", "logit"))
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
