@@ -142,6 +142,18 @@ def beside_options(default: str) -> Callable[[F], F]:
     return wrap
 
 
+def row_options(function: F) -> F:
+    """--columns, --select, --burn and --thin: which of the rows and columns of --data are used."""
+    for name, metavar, text in (
+        ("--thin", "N", "Keep every N-th step of chains."),
+        ("--burn", "N", "Leave out the first N steps of Markov chains stored as (steps, walkers, columns)."),
+        ("--select", "A:B", "Use these rows of the training (or named) dataset only, counted from 0, B not included."),
+        ("--columns", "A,B,...", "Use these columns, by name or number, in this order."),
+    ):
+        function = click.option(name, type=data_name, metavar=metavar, show_default="all", help=text)(function)
+    return function
+
+
 def fixed_context_option(function: F) -> F:
     """--context: one for everything that is drawn."""
     return click.option(

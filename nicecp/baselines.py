@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import has_weights
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source, open_splits
+from nicecp.data_spec import has_weights
 from nicecp.errors import CheckpointError, DataError, about_file
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nicecp.beside import from_record
 from nicecp.checkpoint import load_run
 from nicecp.data import column_stats, open_source, open_splits
+from nicecp.data_spec import from_record
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_kind, check_width
 from nicecp.files import write_bytes

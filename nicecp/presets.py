@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.decay import check_decay
 from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
@@ -56,6 +57,8 @@ class Settings:
     logit: float | None = None  # the margin of a logit step
     network: str = MLP  # or one of nicecp.registry
     activations: str = "store"
+    schedule: str = "constant"  # of the learning rate: nicecp.decay
+    weight_decay: float = 0.0
     transform: str = NONE  # of single float columns: nicecp.transform_spec
     precision: str = "full"  # nicecp.kernels.PRECISIONS
     device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
@@ -182,6 +185,9 @@ def resolve(
         hidden_by_coupling=chosen.hidden_by_coupling,
         partition=chosen.partition,
         transform=NONE if eight_bit else chosen.transform,
+        coupling=chosen.coupling,
+        schedule=chosen.schedule,
+        weight_decay=chosen.weight_decay,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -236,6 +242,7 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    check_decay(settings.schedule, settings.weight_decay)
     if settings.transform != NONE:
         parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nicecp.beside import from_record, n_context_of, plain_data, to_record
+from nicecp.beside import n_context_of
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
+from nicecp.data_spec import from_record, plain_data, to_record
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.extras import fit_context, weights_noted
 from nicecp.fitting import preprocessing_of
@@ -65,6 +66,8 @@ class Run:
             settings.window,
             settings.activations,
             settings.device_memory_limit,
+            settings.schedule,
+            settings.weight_decay,
         )
         self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import from_record, plain_data
 from nicecp.checkpoint import load_run
 from nicecp.columns import check_representable
 from nicecp.data import DEMO, TEST_NAMES, Source, Splits, candidates, open_source, open_splits, split_spec
+from nicecp.data_spec import DataSpec, from_record, plain_data
 from nicecp.errors import DataError, about_file
 from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
@@ -113,7 +113,12 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
 
 
 def _matched(flow: NICE, data: Any, part: str) -> Source:
-    """Data with the flow's columns in its order, found by their names where both have names."""
+    """Data with the flow's columns in its order, found by their names where both have names.
+
+    A range of rows of the run's own data says nothing about others.
+    """
+    if isinstance(data, DataSpec) and "select" in data.recorded:
+        data = replace(data, select=None)
     return matched(open_source(data, part), flow.info.columns)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nicecp.decay import WeightDecay, check_decay, rate_factor
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
 from nicecp.extras import Extras
@@ -39,7 +40,8 @@ class TrainConfig:
     """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
 
     device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
-    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS.
+    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS. schedule, weight_decay: of the
+    learning rate and of the networks' weights, see nicecp.decay.
     """
 
     epochs: int = 100
@@ -50,8 +52,11 @@ class TrainConfig:
     window: int = SHUFFLE_WINDOW
     activations: str = "store"
     device_memory_limit: int | None = None
+    schedule: str = "constant"
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        check_decay(self.schedule, self.weight_decay)
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "seed"):
@@ -140,6 +145,10 @@ class Trainer:
         backend.copy_in(self.state, host)
         backend.assign(self.best, self.p)
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
+        self._decay: WeightDecay | None = None
+        if config.weight_decay:
+            decay = config.optimizer.rate * config.weight_decay
+            self._decay = WeightDecay(backend, network.layout, flow.spec.dtype, self.p, decay)
         self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
         self._loader = Loader(flow, config.batch_size)
         self._extras = Extras(flow, train.source)
@@ -195,11 +204,15 @@ class Trainer:
     def _next_batch(self) -> None:
         assert self._fed is not None
         self._steps[self._fed.slot]()
+        if self._decay is not None:
+            self._decay.after_step()
         self._batches_left -= 1
         self.position += 1
 
     def _open(self, fed: Fed) -> None:
         """Make these rows the ones that steps read."""
+        if self._decay is not None:
+            self._decay.begin(self._rate_factor(self.record.epoch + 1))
         self._set(CURSOR=0.0)
         self._fed, self._batches_left = fed, fed.n_batches
         if fed.fresh or fed.slot not in self._steps:
@@ -254,7 +267,13 @@ class Trainer:
         epoch = self.record.epoch + 1
         momentum = self.config.optimizer.momentum_at(epoch)
         self._set(EPOCH=float(epoch), MOMENTUM=momentum, LOG_PROB_SUM=0.0, WEIGHT_SUM=0.0)
+        if epoch > 1 and self.config.schedule != "constant":  # as a ratio: recovery may have lowered the rate
+            rate = float(self.backend.copy_out(self.state)[Slot.RATE])
+            self._set(RATE=rate * self._rate_factor(epoch) / self._rate_factor(epoch - 1))
         self._epoch_seconds = 0.0
+
+    def _rate_factor(self, epoch: int) -> float:
+        return rate_factor(self.config.schedule, epoch, self.config.epochs)
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
