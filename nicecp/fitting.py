@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from dataclasses import replace
 from typing import Any
 
@@ -129,7 +130,7 @@ def fit(
     Parameters
     ----------
     flow : NICE
-    data : (n, d) array, or a path "FILE.h5" or "FILE.h5:/dataset"
+    data : (n, d) array or pandas table, or a path "FILE.h5" or "FILE.h5:/dataset"
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
@@ -170,7 +171,7 @@ def fit(
         An argument will not do; nothing has been changed then.
     """
     if not isinstance(flow, NICE):
-        raise TypeError(f"flow must be a NICE, got {flow!r}")
+        raise TypeError(f"flow must be a NICE, got {reprlib.repr(flow)}")
     called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
     spec: Any = data

@@ -325,7 +325,7 @@ class NICE(Density):
     def sample(
         self,
         n: int,
-        rng: int | np.random.Generator | None = None,
+        rng: int | np.random.Generator | np.random.RandomState | None = None,
         context: ArrayLike | None = None,
         return_log_prob: bool = False,
     ) -> Any:
@@ -333,8 +333,8 @@ class NICE(Density):
 
         context : (k,) for all of them, or (n, k), one for each, for a flow with a context.
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
-        one); a Generator gives that seed; None takes one from the operating system. return_log_prob : also their
-        log-densities (n,), those that log_prob gives for them.
+        one); a Generator or RandomState gives that seed; None takes one from the operating system.
+        return_log_prob : also their log-densities (n,), those that log_prob gives for them.
         """
         n, seed = whole_number(n, "n"), seed_of(rng)
         if n < 0:

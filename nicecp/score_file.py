@@ -23,9 +23,11 @@ from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize
+from nicecp.presented import uniform_noise
 from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 from nicecp.split import Split
+from nicecp.transforms import Recorded
 
 FloatArray = NDArray[np.float64]
 StrPath = str | os.PathLike[str]
@@ -108,9 +110,9 @@ def score_file(
     out : FILE.h5, which appears whole or not at all
         Dataset ``log_prob`` (n,) float64, nats, in the data's space: NaN for rows with NaN, -inf for rows that are
         infinite or outside the flow's support. Attributes: checkpoint, data, seed, draws.
-    draws : for 8-bit data, how many times noise is drawn
+    draws : how many times the noise of 8-bit data, and of columns recorded to a few digits, is drawn
         Of row i, draw k is that of (seed, i, k), the first one evaluate's. What is written is the logarithm of the
-        densities' mean, log(sum_k p(x_k) / draws): with many draws that of the byte values' own density.
+        densities' mean, log(sum_k p(x_k) / draws): with many draws that of the recorded values' own density.
     seed : of the noise; the run's own by default
     progress : called with the rows done and all rows, after every block
 
@@ -121,7 +123,7 @@ def score_file(
     OutputError
         The output cannot be written, or is no .h5 file.
     ValueError
-        draws is less than 1, or not 1 for data that are no bytes.
+        draws is less than 1, or not 1 for data that get no noise.
     """
     from nicecp.convert import new_dataset, new_file
 
@@ -155,8 +157,9 @@ def check_scorable(flow: NICE, source: Source, draws: int) -> None:
     check_fits(flow, Split.contiguous(source, 0, source.n_rows, Purpose.TEST_NOISE))
     if not 1 <= draws <= MAX_DRAWS:
         raise ValueError(f"draws must be in 1..{MAX_DRAWS}, got {draws}")
-    if draws > 1 and not source.is_image8:
-        raise ValueError(f"draws are for 8-bit data, whose noise is drawn: {source.name!r} holds {source.dtype}")
+    if draws > 1 and not any(isinstance(step, (Dequantize, Recorded)) for step in flow.preprocessing):
+        problem = "draws are for 8-bit data and columns recorded to a few digits, whose noise is drawn"
+        raise ValueError(f"{problem}: the columns of {source.name!r} get none")
 
 
 def row_scores(flow: NICE, source: Source, seed: int, draws: int = 1) -> Iterator[tuple[int, FloatArray]]:
@@ -165,21 +168,28 @@ def row_scores(flow: NICE, source: Source, seed: int, draws: int = 1) -> Iterato
     for start in range(0, source.n_rows, step):
         with as_they_are():
             rows = source.read(start, min(start + step, source.n_rows))
-        total = _log_prob(flow, source, in_data_space(flow, rows, start, seed, 0), start)
+        at = np.arange(start, start + len(rows))
+        total = _log_prob(flow, source, in_data_space(flow, rows, at, seed, 0), start)
         for draw in range(1, draws):
-            total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, start, seed, draw), start))
+            total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, at, seed, draw), start))
         yield start, total - math.log(draws) if draws > 1 else total
 
 
-def in_data_space(flow: NICE, rows: NDArray[Any], start: int, seed: int, draw: int) -> NDArray[Any]:
-    """rows : (n, d) as a source gives them, the first one's number -> what a flow scores; noise is added to bytes."""
-    if rows.dtype != np.uint8:
-        return rows
-    step = next(step for step in flow.preprocessing if isinstance(step, Dequantize))
-    noise = flow.backend.alloc(rows.shape, np.float64)
-    flow.backend.fill_uniform(noise, seed, Purpose.TEST_NOISE, draw, start)
-    x: FloatArray = step.low + (step.high - step.low) * (rows + flow.backend.copy_out(noise)) / step.levels
-    return x
+def in_data_space(flow: NICE, rows: NDArray[Any], at: NDArray[np.int64], seed: int, draw: int) -> NDArray[Any]:
+    """rows : (n, d) as a source gives them, their consecutive numbers (n,) -> what a flow scores, with noise if any."""
+    if rows.dtype == np.uint8:
+        step = next(step for step in flow.preprocessing if isinstance(step, Dequantize))
+        noise = flow.backend.alloc(rows.shape, np.float64)
+        flow.backend.fill_uniform(noise, seed, Purpose.TEST_NOISE, draw, int(at[0]))
+        bytes_as_floats: FloatArray = step.low + (step.high - step.low) * (
+            (rows + flow.backend.copy_out(noise)) / step.levels
+        )
+        return bytes_as_floats
+    for recorded in (step for step in flow.preprocessing if isinstance(step, Recorded)):
+        rows = np.array(rows, np.float64)
+        u = uniform_noise(seed, Purpose.TEST_NOISE, at, recorded.columns, draw)
+        rows[:, recorded.columns] += recorded.width * (u - 0.5)
+    return rows
 
 
 def _log_prob(flow: NICE, source: Source, x: NDArray[Any], start: int) -> FloatArray:

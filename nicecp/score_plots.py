@@ -63,7 +63,7 @@ def compare(flow: NICE, source: Source, seed: int = 0, rows: int = ROWS) -> Comp
     """At most ``rows`` rows from all over a source, beside as many samples.
 
     Rows that are not finite, outside the flow's support or of weight 0 are left out; DataError where fewer than two
-    remain. Bytes get the noise of ``score_file``'s first draw.
+    remain. Rows get the noise of ``score_file``'s first draw. The samples of a flow with a context have the rows'.
     """
     x, at = _spread(flow, source, seed, rows)
     weight = np.ones(len(x)) if source.weight is None else source.weight[at]
@@ -74,10 +74,14 @@ def compare(flow: NICE, source: Source, seed: int = 0, rows: int = ROWS) -> Comp
         problem = f"of {len(x):,} rows {int(kept.sum())} can be drawn: the others are not finite, or of weight 0"
         raise DataError(about_file(source.name, problem, "leave --plot out, or look at the data"))
     x, weight, log_prob = x[kept], weight[kept], log_prob[kept]
-    context = None if context is None else context[kept]  # samples are drawn at the rows' own
-    samples: FloatArray = flow.sample(len(x), seed, context)
+    if context is not None:  # the samples' contexts are as frequent as the rows'
+        chosen = np.random.default_rng(seed).choice(len(x), len(x), p=weight / weight.sum())
+        context = context[kept]
+        samples, sample_log_prob = flow.sample(len(x), seed, context[chosen], return_log_prob=True)
+    else:
+        samples, sample_log_prob = flow.sample(len(x), seed, return_log_prob=True)
     return Compared(
-        x, samples, flow.forward(x, context)[0], log_prob, flow.log_prob(samples, context), weight,
+        x, samples, flow.forward(x, context)[0], log_prob, sample_log_prob, weight,
         flow.info.columns or source.info.columns or flow.names, flow.spec.prior, source.weight is not None,
     )  # fmt: skip
 
@@ -91,8 +95,8 @@ def _spread(flow: NICE, source: Source, seed: int, rows: int) -> tuple[FloatArra
         stop = n if n <= rows else start + length
         with as_they_are():
             read = source.read(start, stop)
-        parts.append(np.asarray(in_data_space(flow, read, start, seed, 0), np.float64))
         numbers.append(np.arange(start, stop))
+        parts.append(np.asarray(in_data_space(flow, read, numbers[-1], seed, 0), np.float64))
     return np.concatenate(parts), np.concatenate(numbers)
 
 

@@ -53,6 +53,8 @@ class TrainConfig:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "seed"):
             whole_number(getattr(self, name), name)
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an AdaM or RMSProp object, got {self.optimizer!r}")
         if self.patience is not None:
             whole_number(self.patience, "patience")
         for name in ("epochs", "batch_size", "window"):
