@@ -50,7 +50,8 @@ def check_gradients(
     x : (n, d) or (d,), finite
         A few rows of data space; 4 to 16 are plenty. By default six, normal in the flow's input space.
     context : (k,) or (n, k), for a flow with a context
-        Of the rows; drawn if x is. Gradients are those by x and by the parameters, at this context.
+        Of the rows; by default drawn around the mean that it is scaled by. Gradients are those by x and by the
+        parameters, at this context.
     step : float
         Of the differences, in the flow's input space (after preprocessing) and for parameters.
     rtol : float
@@ -66,7 +67,7 @@ def check_gradients(
     AssertionError
         A gradient, the log-density or the log-determinant is wrong; names the array, with numbers.
     ValueError
-        x is empty or not finite, or outside the preprocessing's support, or the context is missing or not finite.
+        x is empty or not finite, or outside the preprocessing's support, or the context is not finite.
 
     Examples
     --------
@@ -85,12 +86,12 @@ def check_gradients(
     rng = np.random.default_rng(seed)
     if x is None:
         x = undo_steps(flow.preprocessing, rng.standard_normal((ROWS, flow.n_features)))[0]
-        if context is None and flow.context is not None:
-            context = flow.context.mean + flow.context.std * rng.standard_normal(len(flow.context))
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
     flow, rows = past_transforms(flow, rows)
+    if context is None and flow.context is not None:
+        context = flow.context.mean + flow.context.std * rng.standard_normal((len(rows), len(flow.context)))
     given = paired(rows, (len(rows),), context_of(context, flow.context))[2]
     if given is not None:
         rows = np.hstack([rows, np.broadcast_to(given, (len(rows), given.shape[1]))])
