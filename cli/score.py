@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
@@ -66,6 +66,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     "latent quantiles, log-densities, and the weights of rows that have them. In a folder, or as one page.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@beside_options("where the run had it; none: without")
 @machine_options
 @json_option
 def score(
@@ -76,6 +77,8 @@ def score(
     seed: int | None,
     plot: str | None,
     overwrite: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -83,24 +86,27 @@ def score(
     """Write the log-density of every row of the data under CHECKPOINT's flow.
 
     FILE.h5 gets the dataset log_prob (rows) in nats, in the data's space and in the rows' order: NaN for rows with NaN,
-    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks.
+    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
+    weights count alike in the mean that is printed; --plot draws them by their weights.
     """
+    from nicecp.data_spec import DataSpec
     from nicecp.score_file import score_file
 
+    spec = data if context is None and weights is None else DataSpec(data, context, weights)
     if plot is not None:
         from nicecp.score_plots import check_plots
 
         check_plots(plot, overwrite, checkpoint, data, out)
     with _bar() as progress:
         scored = score_file(
-            checkpoint, data, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
+            checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
             progress=progress,
         )  # fmt: skip
     figures: list[str] = []
     if plot is not None:
         from nicecp.score_plots import plot_scores
 
-        figures = plot_scores(checkpoint, data, plot, scored.seed, overwrite, device, threads)
+        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
     if as_json:
         numbers = {"mean": scored.mean, "standard_error": scored.standard_error, "minimum": scored.minimum}
         counts = {"rows": scored.rows, "nan": scored.nan, "outside": scored.outside}

@@ -42,7 +42,7 @@ def proposal(flow: nicecp.NICE) -> None:
     """The flow proposes for the banana: log_factors are log q(old) - log q(new)."""
 
     def propose(coords: np.ndarray, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-        new, log_q = flow.sample(len(coords), int(rng.randint(2**31)), return_log_prob=True)
+        new, log_q = flow.sample(len(coords), rng, return_log_prob=True)
         return new, flow.log_prob(coords) - log_q
 
     move = emcee.moves.MHMove(propose)

@@ -18,7 +18,7 @@ from nicecp.split import as_fraction
 try:
     from sklearn.base import BaseEstimator, DensityMixin
     from sklearn.utils import check_random_state
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError:
     remedy = "which is not installed, or older than 1.6; pip install 'nicecp[sklearn]'"
     raise MissingExtra(f"NICEDensity needs scikit-learn, {remedy}") from None
@@ -56,7 +56,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     valid_fraction : float
         Of the rows, chosen at random, on which training is validated; the flow keeps its best epoch. 0 for none: it
         keeps the last one.
-    transform : str
+    transforms : str
         Of single columns, before they are standardised: "auto", "quantile", "none", or one for each column
         (docs/tables.md). ``record_.events`` say what each column was given, and why.
     whiten : "gaussian", "zca" or "none"
@@ -98,7 +98,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         learning_rate: float = 1e-3,
         patience: int | None = 30,
         valid_fraction: float = 0.1,
-        transform: str = "auto",
+        transforms: str = "auto",
         whiten: str = "gaussian",
         regularization: float = 1e-3,
         allow_constant: bool = False,
@@ -114,21 +114,25 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.learning_rate = learning_rate
         self.patience = patience
         self.valid_fraction = valid_fraction
-        self.transform = transform
+        self.transforms = transforms
         self.whiten = whiten
         self.regularization = regularization
         self.allow_constant = allow_constant
         self.threads = threads
         self.random_state = random_state
 
-    def fit(self, X: ArrayLike, y: object = None) -> NICEDensity:
+    def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> NICEDensity:
         """Fit a fresh flow to rows X : (n, d), n and d at least 2; y is ignored.
+
+        sample_weight : (n,) at least 0, of any scale; a row of weight 0 is as good as not there.
 
         Raises ValueError (NaN, infinity, one column, constant columns, a parameter out of bounds) and TypeError.
         """
         rows = validate_data(
             self, X, dtype=(np.float64, np.float32), order="C", ensure_min_samples=2, ensure_min_features=2
         )
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, rows, dtype=np.float64)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         flow = NICE(
             rows.shape[1], self.hidden, self.n_couplings, self.prior, "auto", seed,
@@ -144,8 +148,9 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             patience=self.patience,
             valid_fraction=self.valid_fraction,
             seed=seed,
+            sample_weight=sample_weight,
             allow_constant=self.allow_constant,
-            transform=self.transform,
+            transform=self.transforms,
             whiten=self.whiten,
             regularization=0.0 if self.whiten == "none" else self.regularization,
         )

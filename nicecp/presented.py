@@ -32,9 +32,11 @@ def device_part(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return steps[len(host_part(steps)) :]
 
 
-def uniform_noise(seed: int, purpose: int, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> FloatArray:
+def uniform_noise(
+    seed: int, purpose: int, rows: NDArray[np.int64], columns: NDArray[np.int64], draw: int = 0
+) -> FloatArray:
     """(n, m) uniform in (0, 1): row numbers and column numbers decide, whatever else is read with them."""
-    words = [random_words(seed, purpose, 0, rows, int(block)) for block in np.unique(columns // 4)]
+    words = [random_words(seed, purpose, draw, rows, int(block)) for block in np.unique(columns // 4)]
     table = dict(zip(np.unique(columns // 4).tolist(), words, strict=True))
     picked = [table[int(column) // 4][:, int(column) % 4] for column in columns]
     return (np.stack(picked, axis=1) + 0.5) / 2.0**32
@@ -130,4 +132,5 @@ def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:
     if not np.isfinite(z).all():
         raise ValueError("a row lies outside the support of the flow's transforms")
     after = flow.preprocessing[past:]
-    return NICE.from_spec(flow.spec, flow.parameters(), after, flow.info, backend=flow.backend), z
+    parameters = flow.parameters()
+    return NICE.from_spec(flow.spec, parameters, after, flow.info, context=flow.context, backend=flow.backend), z

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import plain_data
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source
+from nicecp.data_spec import plain_data
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize
+from nicecp.presented import uniform_noise
+from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 from nicecp.split import Split
+from nicecp.transforms import Recorded
 
 FloatArray = NDArray[np.float64]
 StrPath = str | os.PathLike[str]
@@ -103,12 +106,13 @@ def score_file(
     Parameters
     ----------
     data : as nicecp.data.open_source; of a file without a named dataset the test dataset, else the training one
+        A context comes from where the run had it, unless a DataSpec says otherwise. Every row counts alike.
     out : FILE.h5, which appears whole or not at all
         Dataset ``log_prob`` (n,) float64, nats, in the data's space: NaN for rows with NaN, -inf for rows that are
         infinite or outside the flow's support. Attributes: checkpoint, data, seed, draws.
-    draws : for 8-bit data, how many times noise is drawn
+    draws : how many times the noise of 8-bit data, and of columns recorded to a few digits, is drawn
         Of row i, draw k is that of (seed, i, k), the first one evaluate's. What is written is the logarithm of the
-        densities' mean, log(sum_k p(x_k) / draws): with many draws that of the byte values' own density.
+        densities' mean, log(sum_k p(x_k) / draws): with many draws that of the recorded values' own density.
     seed : of the noise; the run's own by default
     progress : called with the rows done and all rows, after every block
 
@@ -119,7 +123,7 @@ def score_file(
     OutputError
         The output cannot be written, or is no .h5 file.
     ValueError
-        draws is less than 1, or not 1 for data that are no bytes.
+        draws is less than 1, or not 1 for data that get no noise.
     """
     from nicecp.convert import new_dataset, new_file
 
@@ -127,7 +131,7 @@ def score_file(
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     flow, record = load_run(checkpoint, backend=open_backend(device, threads))
     seed = seed if seed is not None else record.seed if record is not None else 0
-    source = open_source(data, "test")
+    source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, draws)
         scored = Scored(source.name, seed, draws)
@@ -153,8 +157,9 @@ def check_scorable(flow: NICE, source: Source, draws: int) -> None:
     check_fits(flow, Split.contiguous(source, 0, source.n_rows, Purpose.TEST_NOISE))
     if not 1 <= draws <= MAX_DRAWS:
         raise ValueError(f"draws must be in 1..{MAX_DRAWS}, got {draws}")
-    if draws > 1 and not source.is_image8:
-        raise ValueError(f"draws are for 8-bit data, whose noise is drawn: {source.name!r} holds {source.dtype}")
+    if draws > 1 and not any(isinstance(step, (Dequantize, Recorded)) for step in flow.preprocessing):
+        problem = "draws are for 8-bit data and columns recorded to a few digits, whose noise is drawn"
+        raise ValueError(f"{problem}: the columns of {source.name!r} get none")
 
 
 def row_scores(flow: NICE, source: Source, seed: int, draws: int = 1) -> Iterator[tuple[int, FloatArray]]:
@@ -163,41 +168,49 @@ def row_scores(flow: NICE, source: Source, seed: int, draws: int = 1) -> Iterato
     for start in range(0, source.n_rows, step):
         with as_they_are():
             rows = source.read(start, min(start + step, source.n_rows))
-        total = _log_prob(flow, source, in_data_space(flow, rows, start, seed, 0), start)
+        at = np.arange(start, start + len(rows))
+        total = _log_prob(flow, source, in_data_space(flow, rows, at, seed, 0), start)
         for draw in range(1, draws):
-            total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, start, seed, draw), start))
+            total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, at, seed, draw), start))
         yield start, total - math.log(draws) if draws > 1 else total
 
 
-def in_data_space(flow: NICE, rows: NDArray[Any], start: int, seed: int, draw: int) -> NDArray[Any]:
-    """rows : (n, d) as a source gives them, the first one's number -> what a flow scores; noise is added to bytes."""
-    if rows.dtype != np.uint8:
-        return rows
-    step = next(step for step in flow.preprocessing if isinstance(step, Dequantize))
-    noise = flow.backend.alloc(rows.shape, np.float64)
-    flow.backend.fill_uniform(noise, seed, Purpose.TEST_NOISE, draw, start)
-    x: FloatArray = step.low + (step.high - step.low) * (rows + flow.backend.copy_out(noise)) / step.levels
-    return x
+def in_data_space(flow: NICE, rows: NDArray[Any], at: NDArray[np.int64], seed: int, draw: int) -> NDArray[Any]:
+    """rows : (n, d) as a source gives them, their consecutive numbers (n,) -> what a flow scores, with noise if any."""
+    if rows.dtype == np.uint8:
+        step = next(step for step in flow.preprocessing if isinstance(step, Dequantize))
+        noise = flow.backend.alloc(rows.shape, np.float64)
+        flow.backend.fill_uniform(noise, seed, Purpose.TEST_NOISE, draw, int(at[0]))
+        bytes_as_floats: FloatArray = step.low + (step.high - step.low) * (
+            (rows + flow.backend.copy_out(noise)) / step.levels
+        )
+        return bytes_as_floats
+    for recorded in (step for step in flow.preprocessing if isinstance(step, Recorded)):
+        rows = np.array(rows, np.float64)
+        u = uniform_noise(seed, Purpose.TEST_NOISE, at, recorded.columns, draw)
+        rows[:, recorded.columns] += recorded.width * (u - 0.5)
+    return rows
 
 
 def _log_prob(flow: NICE, source: Source, x: NDArray[Any], start: int) -> FloatArray:
     """Log-densities of rows from ``start`` on; DataError that names the first row at which the flow overflows."""
+    context = None if source.context is None else source.context[start : start + len(x)]
     try:
-        values: FloatArray = flow.log_prob(x)
+        values: FloatArray = flow.log_prob(x, context)
         return values
     except FloatingPointError:
-        row = _first_overflow(flow, x)
+        row = _first_overflow(flow, x, context)
         problem = f"the log-density of row {start + row} is not finite though the row is: the flow overflows there"
         raise DataError(about_file(source.name, problem, "look at this row, or train a new flow")) from None
 
 
-def _first_overflow(flow: NICE, x: NDArray[Any]) -> int:
+def _first_overflow(flow: NICE, x: NDArray[Any], context: FloatArray | None) -> int:
     """By halves: the first row for which log_prob raises."""
     low, high = 0, len(x)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            flow.log_prob(x[low:middle])
+            flow.log_prob(x[low:middle], None if context is None else context[low:middle])
         except FloatingPointError:
             high = middle
         else:

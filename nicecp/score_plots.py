@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import effective_rows, plain_data
-from nicecp.checkpoint import load
+from nicecp.beside import effective_rows
+from nicecp.checkpoint import load_run
 from nicecp.data import open_source
+from nicecp.data_spec import plain_data
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.flow import NICE
 from nicecp.machine import open_backend
 from nicecp.outputs import check_output
 from nicecp.plot import FORMATS, new_figure, write_figure
 from nicecp.score_file import check_scorable, in_data_space
+from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 
 FloatArray = NDArray[np.float64]
@@ -62,19 +64,25 @@ def compare(flow: NICE, source: Source, seed: int = 0, rows: int = ROWS) -> Comp
     """At most ``rows`` rows from all over a source, beside as many samples.
 
     Rows that are not finite, outside the flow's support or of weight 0 are left out; DataError where fewer than two
-    remain. Bytes get the noise of ``score_file``'s first draw.
+    remain. Rows get the noise of ``score_file``'s first draw. The samples of a flow with a context have the rows'.
     """
     x, at = _spread(flow, source, seed, rows)
     weight = np.ones(len(x)) if source.weight is None else source.weight[at]
-    log_prob = flow.log_prob(x)
+    context = None if source.context is None else source.context[at]
+    log_prob = flow.log_prob(x, context)
     kept = np.isfinite(log_prob) & (weight > 0)
     if kept.sum() < 2:
         problem = f"of {len(x):,} rows {int(kept.sum())} can be drawn: the others are not finite, or of weight 0"
         raise DataError(about_file(source.name, problem, "leave --plot out, or look at the data"))
     x, weight, log_prob = x[kept], weight[kept], log_prob[kept]
-    samples: FloatArray = flow.sample(len(x), seed)
+    if context is not None:  # the samples' contexts are as frequent as the rows'
+        chosen = np.random.default_rng(seed).choice(len(x), len(x), p=weight / weight.sum())
+        context = context[kept]
+        samples, sample_log_prob = flow.sample(len(x), seed, context[chosen], return_log_prob=True)
+    else:
+        samples, sample_log_prob = flow.sample(len(x), seed, return_log_prob=True)
     return Compared(
-        x, samples, flow.forward(x)[0], log_prob, flow.log_prob(samples), weight,
+        x, samples, flow.forward(x, context)[0], log_prob, sample_log_prob, weight,
         flow.info.columns or source.info.columns or flow.names, flow.spec.prior, source.weight is not None,
     )  # fmt: skip
 
@@ -88,8 +96,8 @@ def _spread(flow: NICE, source: Source, seed: int, rows: int) -> tuple[FloatArra
         stop = n if n <= rows else start + length
         with as_they_are():
             read = source.read(start, stop)
-        parts.append(np.asarray(in_data_space(flow, read, start, seed, 0), np.float64))
         numbers.append(np.arange(start, stop))
+        parts.append(np.asarray(in_data_space(flow, read, numbers[-1], seed, 0), np.float64))
     return np.concatenate(parts), np.concatenate(numbers)
 
 
@@ -346,8 +354,8 @@ def plot_scores(
     Raises as ``score_file``, and MissingExtra where matplotlib is not installed.
     """
     check_plots(target, overwrite, checkpoint, plain_data(data))
-    flow = load(checkpoint, backend=open_backend(device, threads))
-    source = open_source(data, "test")
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, 1)
         compared = compare(flow, source, seed)

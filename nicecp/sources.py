@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.borders import no_numbers
 from nicecp.errors import DataError, about_file
 from nicecp.records import DataInfo
 
@@ -132,12 +133,19 @@ def as_image_shape(shape: Sequence[int], n_features: int) -> tuple[int, ...] | N
     return sizes[:2] if len(sizes) == 3 and sizes[2] == 1 else sizes
 
 
+def _table_columns(table: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a pandas table, where all of them are text."""
+    names = tuple(getattr(table, "columns", ()))
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
 class ArraySource:
     """An array in memory as a source; see ``Source``.
 
     Parameters
     ----------
     array : (n, d), or (n, h, w[, c]), which is flattened
+        Or a pandas table, whose names of columns are kept.
         uint8, float32 and float64 are used as they are, without a copy where the array is C-contiguous; int8 becomes
         uint8 by adding 128; other integers and floats become float64.
 
@@ -158,8 +166,10 @@ class ArraySource:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected a plain array, got a masked one: fill or drop the masked values first")
         values = np.asarray(array)
+        if columns is None:
+            columns = _table_columns(array)
         if values.dtype.kind not in "iuf":
-            raise TypeError(f"{name}: expected integers or floats, got an array of {values.dtype}")
+            raise TypeError(f"{name}: expected integers or floats, got {no_numbers(values)}")
         if values.ndim < 2:
             raise DataError(about_file(name, f"expected rows of columns, got shape {values.shape}", "pass (n, d)"))
         n, self._shape = len(values), values.shape

@@ -16,6 +16,7 @@ from scipy.special import logsumexp
 from nicecp import NICE, load
 from nicecp.beside import Beside
 from nicecp.cli.main import main
+from nicecp.data_spec import DataSpec
 from nicecp.errors import DataError
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize, Standardize
@@ -106,6 +107,41 @@ def test_draws_of_noise_are_averaged(folder: Path, capsys: pytest.CaptureFixture
     with pytest.raises(ValueError, match="draws are for 8-bit data"):
         score_file("table-run.h5", "table.h5", "no.h5", draws=2)
     assert not Path("no.h5").exists()
+
+
+def test_contexts_go_with_their_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    x, context = rng.normal(size=(30, D)), rng.normal(size=(30, 2))
+    flow = NICE(D, (8,), 3, coupling="affine", init="he", n_context=2, threads=1)
+    flow.save("context-run.h5")
+    monkeypatch.setattr("nicecp.score_file._BLOCK_ROWS", 7)
+    score_file("context-run.h5", DataSpec(x, context), "s.h5")
+    with h5py.File("s.h5") as out:
+        np.testing.assert_allclose(out["log_prob"][()], flow.log_prob(x, context), rtol=1e-12)
+    with pytest.raises(DataError, match="no context"):
+        score_file("context-run.h5", x, "t.h5")
+    weight = np.zeros(30)
+    weight[[4, 9]] = 1.0
+    found = compare(flow, Beside(ArraySource(x), context, weight), seed=3)
+    np.testing.assert_allclose(found.log_prob, flow.log_prob(x[[4, 9]], context[[4, 9]]), rtol=1e-12)
+    drawn = [flow.sample(2, 3, context[[a, b]]) for a in (4, 9) for b in (4, 9)]
+    assert any(np.array_equal(found.samples, one) for one in drawn)
+
+
+def test_recorded_columns_get_their_noise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in training: a value recorded in steps stands for an interval."""
+    x = np.round(np.random.default_rng(5).normal(size=(400, D)), 1)
+    with h5py.File("recorded.h5", "w") as file:
+        file["train"], file["test"] = x, x[:50]
+    words = ["--transform", "*=recorded(0.1)", "--epochs", "1", "--hidden", "8", "--threads", "1"]
+    assert main(["train", "--data", "recorded.h5", "--out", "r.h5", *words]) == 0
+    capsys.readouterr()
+    one = scored("r.h5", "--data", "recorded.h5", "--out", "1.h5", capsys=capsys)
+    assert main(["evaluate", "r.h5", "--data", "recorded.h5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean"] == pytest.approx(one["mean"], rel=1e-9)
+    assert scored("r.h5", "--data", "recorded.h5", "--out", "3.h5", "--draws", "3", capsys=capsys)["draws"] == 3
+    with h5py.File("1.h5") as first, h5py.File("3.h5") as three:
+        assert np.abs(first["log_prob"][()] - three["log_prob"][()]).max() > 1e-4
 
 
 def test_blocks_join_without_a_seam(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

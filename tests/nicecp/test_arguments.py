@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nicecp import NICE, fit
@@ -16,6 +17,8 @@ from nicecp.records import EpochRecord
 from nicecp.testing import check_gradients
 
 TABLE = np.random.default_rng(0).normal(size=(90, 4))
+
+STRUCTURED = np.zeros(90, [(name, float) for name in "abcd"])
 
 
 def small(**given: Any) -> NICE:
@@ -39,6 +42,14 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: fit(small(), TABLE, callbacks=[3]), "a callback must be .*, got 3"),  # type: ignore[list-item]
     (lambda: fit(small(), TABLE, callbacks=3), "a callback must be .*, got 3"),  # type: ignore[arg-type]
     (lambda: fit("flow", TABLE), "flow must be a NICE, got 'flow'"),  # type: ignore[arg-type]
+    (lambda: fit(TABLE, small()), r"flow must be a NICE, got array\([^\n]{,40}$"),  # type: ignore[arg-type]
+    (lambda: fit(small(), TABLE, optimizer="adam"), "optimizer must be an AdaM or RMSProp object, got 'adam'"),  # type: ignore[arg-type]
+    (lambda: small().log_prob(STRUCTURED), "structured array: pass numpy.lib.recfunctions.structured_to_unstructured"),
+    (lambda: fit(small(), STRUCTURED), "array: .*structured array: pass numpy.lib.recfunctions"),
+    (lambda: small().log_prob(TABLE > 0), r"dtype bool: pass x.astype\(float\)"),
+    (lambda: small().log_prob(TABLE.astype(object)), "dtype object: pass numbers only"),
+    (lambda: fit(small(), TABLE + 0j), "dtype complex128: pass real and imaginary parts"),
+    (lambda: small().log_prob([["a"] * 4]), "dtype <U1$"),
     (lambda: check_gradients("flow", TABLE), "flow must be a NICE, got 'flow'"),  # type: ignore[arg-type]
 ]
 
@@ -89,3 +100,55 @@ def test_keeping_the_record_of_a_fit(tmp_path: Path) -> None:
     assert (training["epochs"], training["seed"], len(training["history"])) == (3, 7, 3)
     flow.save(tmp_path / "alone.h5")
     assert describe(str(tmp_path / "alone.h5"))["training"] is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        np.ndarray.tolist,
+        lambda x: x.astype(">f8"),
+        np.asfortranarray,
+        lambda x: x.repeat(2, axis=0)[::2],
+        lambda x: x[::-1][::-1],
+        lambda x: x.astype(np.longdouble),
+        pd.DataFrame,
+        lambda x: np.frombuffer(x.tobytes()).reshape(90, 4),
+    ],
+    ids=["list", "big-endian", "Fortran order", "strided", "reversed", "longdouble", "pandas", "read-only"],
+)
+def test_the_same_numbers_in_another_form(change: Callable[[Any], Any]) -> None:
+    flow, same = small(), change(TABLE)
+    np.testing.assert_array_equal(flow.log_prob(same), flow.log_prob(TABLE))
+    one, other = small(), small()
+    fit(one, TABLE, epochs=1)
+    fit(other, same, epochs=1)
+    np.testing.assert_array_equal(other.log_prob(TABLE), one.log_prob(TABLE))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.int16, np.uint32])
+def test_numbers_of_other_types_are_what_they_say(dtype: Any) -> None:
+    flow, x = small(), (TABLE * 5 + 20).astype(dtype)
+    np.testing.assert_array_equal(flow.log_prob(x), flow.log_prob(x.astype(float)))
+    one, other = small(), small()
+    fit(one, x, epochs=1)
+    fit(other, x.astype(float), epochs=1)
+    np.testing.assert_allclose(other.log_prob(TABLE), one.log_prob(TABLE), rtol=1e-6)  # float32 is standardised as read
+
+
+def test_a_table_of_pandas_keeps_its_names() -> None:
+    flow = small()
+    fit(flow, pd.DataFrame(TABLE, columns=["a", "b", "c", "d"]), epochs=1)
+    assert flow.names == ("a", "b", "c", "d")
+    fit(unnamed := small(), pd.DataFrame(TABLE), epochs=1)
+    assert unnamed.info.columns is None
+    frame = pd.DataFrame(TABLE, columns=["a", "b", "c", "d"])
+    frame.loc[3, "c"] = np.nan
+    with pytest.raises(ValueError, match=r"row 3, column 2 \('c'\) is nan"):
+        fit(small(), frame)
+
+
+def test_any_of_numpys_generators_may_draw() -> None:
+    flow = small()
+    np.testing.assert_array_equal(flow.sample(3, np.random.RandomState(5)), flow.sample(3, np.random.RandomState(5)))
+    state = np.random.RandomState(5)
+    assert np.abs(flow.sample(3, state) - flow.sample(3, state)).max() > 1e-3

@@ -260,7 +260,7 @@ def test_fingerprints_follow_the_numbers_and_not_the_file(tmp_path: Path, monkey
 
 
 def test_arrays_that_cannot_be_used() -> None:
-    with pytest.raises(TypeError, match="integers or floats, got an array of bool"):
+    with pytest.raises(TypeError, match="integers or floats, got an array of dtype bool"):
         open_source(np.zeros((3, 2), bool))
     with pytest.raises(TypeError, match="object"):
         open_source(np.array([[None, 1]]))

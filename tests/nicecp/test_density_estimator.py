@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Not the default of any parameter.
 OTHER: dict[str, Any] = {
     "hidden": (8,), "n_couplings": 3, "coupling": "additive", "prior": "logistic", "epochs": 4, "batch_size": 30,
-    "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "whiten": "zca", "regularization": 0.5,
-    "allow_constant": True, "threads": 2, "random_state": 3,
+    "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none", "whiten": "zca",
+    "regularization": 0.5, "allow_constant": True, "threads": 2, "random_state": 3,
 }  # fmt: skip
 
 
@@ -82,7 +82,9 @@ def test_every_parameter_is_kept_and_used() -> None:
         NICEDensity(epochs=1).fit(np.ones((50, 2)) * [1, 2])
     NICEDensity(epochs=1, allow_constant=True).fit(np.ones((50, 2)) * [1, 2])
     bare = NICEDensity(epochs=1, whiten="none").fit(correlated(50)[0])
-    assert [step.kind for step in bare.flow_.preprocessing] == ["standardize"]
+    assert "triangular" not in [step.kind for step in bare.flow_.preprocessing]
+    steps = NICEDensity(epochs=1, transforms="quantile").fit(correlated(200)[0]).flow_.preprocessing
+    assert [step.kind for step in steps] == ["quantile", "standardize", "triangular"]
 
 
 def test_score_is_the_mean_log_density_in_the_units_of_the_data() -> None:
@@ -131,6 +133,25 @@ def test_pipelines_and_searches_in_two_processes() -> None:
     np.testing.assert_array_equal(two.cv_results_["mean_test_score"], one.cv_results_["mean_test_score"])
 
 
+@pytest.mark.parametrize("whiten", ["none", "gaussian"])
+def test_weights_are_repetitions(whiten: str) -> None:
+    """Where every step sees all rows, and none validates: then the same sums are added in another order."""
+    x = correlated(80)[0]
+    weight = np.random.default_rng(1).integers(0, 4, 80)
+    settings: dict[str, Any] = {
+        "hidden": (8,), "epochs": 30, "batch_size": 1000, "valid_fraction": 0.0, "transforms": "none",
+        "whiten": whiten, "random_state": 0,
+    }  # fmt: skip
+    weighted = NICEDensity(**settings).fit(x, sample_weight=weight / 3)
+    repeated = NICEDensity(**settings).fit(x.repeat(weight, axis=0))
+    plain = NICEDensity(**settings).fit(x)
+    np.testing.assert_allclose(weighted.score_samples(x), repeated.score_samples(x), rtol=1e-7)
+    assert np.abs(weighted.score_samples(x) - plain.score_samples(x)).max() > 1e-3
+    for wrong in (-weight, np.full(80, np.nan), weight[:5], np.zeros(80)):
+        with pytest.raises(ValueError):
+            NICEDensity(**settings).fit(x, sample_weight=wrong)
+
+
 def test_names_of_columns_come_from_tables_and_stay() -> None:
     frame = pd.DataFrame(correlated(200)[0], columns=["pt", "eta", "phi"])
     estimator = NICEDensity(epochs=2, random_state=0).fit(frame)
@@ -146,7 +167,7 @@ def test_names_of_columns_come_from_tables_and_stay() -> None:
 def test_integers_are_numbers_and_float32_is_read_as_it_is() -> None:
     x = np.random.default_rng(0).integers(0, 256, (200, 4), dtype=np.uint8)
     estimator = NICEDensity(epochs=2, random_state=0).fit(x)
-    assert [step.kind for step in estimator.flow_.preprocessing] == ["standardize", "triangular"]
+    assert "dequantize" not in [step.kind for step in estimator.flow_.preprocessing]
     np.testing.assert_array_equal(estimator.score_samples(x), estimator.score_samples(x.astype(float)))
     assert estimator.score_samples(x.astype(np.float32)).dtype == np.float64
 
