@@ -1,9 +1,9 @@
-"""Held-out log-likelihood of the tabular preset on tables, beside mixtures and kernels of scikit-learn.
+"""Held-out log-likelihood of the tabular-large preset on tables, beside mixtures and kernels of scikit-learn.
 
     python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
 
-FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are the file's own; of the
-training rows a sixth, drawn by the seed as ``nicecp train`` draws it, validates: it stops nicecp's training, and chooses
+FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are those of the file; of
+the training rows a sixth, drawn by the seed as nicecp draws it, validates: it stops the training of nicecp, and chooses
 the mixture's number of components and the kernel's width. All see the same rows. Densities are of the values as they
 stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
 
@@ -43,7 +43,7 @@ def summary(values: Rows) -> str:
 
 
 def nicecp(path: str, train: Rows, valid: Rows, test: Rows, seed: int, transform: str | None) -> tuple[Rows, str]:
-    with Run.start(path, None, preset="tabular", transform=transform, seed=seed, threads=1) as run:
+    with Run.start(path, None, preset="tabular-large", transform=transform, seed=seed, threads=1) as run:
         outcome = run.execute()
         flow: NICE = run.flow
         note = f"{len(outcome.record.history)} epochs, best {outcome.record.best_epoch}"
