@@ -57,6 +57,7 @@ def evaluate(
     weights: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
     **used: str | None,
 ) -> None:
@@ -65,17 +66,17 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
-    from nicecp.beside import spec_of
     from nicecp.cli.training import evaluation_json, evaluation_text
+    from nicecp.data_spec import spec_of
     from nicecp.scoring import score
 
     spec = spec_of(data, context=context, weights=weights, **used)
-    result = score(checkpoint, spec, split, seed, device, threads)
+    result = score(checkpoint, spec, split, seed, device, threads, precision)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, spec, split, seed, device, threads)
+        others = compare(checkpoint, spec, split, seed, device, threads, precision)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

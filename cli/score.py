@@ -89,7 +89,7 @@ def score(
     -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
     weights count alike in the mean that is printed; --plot draws them by their weights.
     """
-    from nicecp.beside import DataSpec
+    from nicecp.data_spec import DataSpec
     from nicecp.score_file import score_file
 
     spec = data if context is None and weights is None else DataSpec(data, context, weights)

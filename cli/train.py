@@ -11,6 +11,7 @@ from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
     beside_options,
+    byte_size,
     command,
     data_name,
     hidden_sizes,
@@ -207,6 +208,13 @@ def _number_options(function: Any) -> Any:
 @row_options
 @machine_options
 @click.option(
+    "--device-memory-limit",
+    type=byte_size,
+    metavar="SIZE",
+    show_default="all there is",
+    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+)
+@click.option(
     "--checkpoint-every",
     type=interval,
     metavar="TIME|EPOCHS",
@@ -280,8 +288,8 @@ def train(
     }
     run: Run | None = None
     try:
-        from nicecp.beside import spec_of
         from nicecp.cli import training
+        from nicecp.data_spec import spec_of
         from nicecp.partition import order_from_file
         from nicecp.run import Run
 
@@ -321,6 +329,8 @@ _NAMES = (
     "dtype",
     "preset",
     "optimizer",
+    "precision",
+    "device_memory_limit",
     "partition",
     "schedule",
     "weight_decay",

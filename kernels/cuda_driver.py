@@ -95,6 +95,36 @@ class Driver(Protocol):
     def address(self, array: Array) -> int:
         """Of the first byte, on the device."""
 
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    @property
+    def xp(self) -> Any:
+        """CuPy, or what stands for it."""
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """What ``xp`` computes inside runs in the order of the launches. Not during a capture."""
+
+    def borrow(self, x: Any) -> Array:
+        """An array of ours on the memory of any DLPack array on this device, behind what its owner has launched."""
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        """An uninitialised array for the caller, in whose stream's memory it is allocated."""
+
+    def hand_over(self) -> None:
+        """The caller's stream waits for all that was launched."""
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised host array in page-locked memory, for ``upload``."""
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> Token:
+        """dst[...] = src from a ``pinned`` array, behind all launches so far and beside what follows.
+
+        src must stay as it is until ``uploaded``; what reads dst comes after ``wait``.
+        """
+
+    def uploaded(self, token: Token) -> None:
+        """Wait, on the host, for the end of an upload. From any thread."""
+
     # --- work -------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> Kernel:

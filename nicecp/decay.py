@@ -51,4 +51,5 @@ class WeightDecay:
         self._backend.copy_in(self._factors, self._host)
 
     def after_step(self) -> None:
-        self._p *= self._factors
+        with self._backend.arithmetic():
+            self._p *= self._factors

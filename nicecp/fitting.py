@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import DataSpec
 from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.evaluate import check_fits, check_width
 from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
@@ -143,7 +143,7 @@ def fit(
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
-    context : (n, k) array, or text; see nicecp.beside.DataSpec
+    context : (n, k) array, or text; see nicecp.data_spec.DataSpec
         What the density of each row is conditioned on, for a flow with n_context = k: 'a,b' takes columns of the data,
         'FILE.h5:/NAME' a dataset. It is standardised by its own mean and standard deviation.
     sample_weight : (n,) array, or text
@@ -207,7 +207,7 @@ def fit(
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called)
-        trainer.record.versions = versions()
+        trainer.record.versions = versions(flow.backend)
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         trainer.record.events += events + weights_noted(train, flow.n_parameters)
         return trainer.run()

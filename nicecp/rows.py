@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import NONE, DataSpec, beside, is_dataset
+from nicecp.beside import beside
+from nicecp.data_spec import NONE, DataSpec, is_dataset
 from nicecp.errors import DataError, about_file
 from nicecp.records import DataInfo
 from nicecp.sources import Source, check_range, check_size, fingerprint

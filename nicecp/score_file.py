@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import plain_data
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source
+from nicecp.data_spec import plain_data
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits
 from nicecp.flow import NICE

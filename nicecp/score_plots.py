@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import effective_rows, plain_data
+from nicecp.beside import effective_rows
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source
+from nicecp.data_spec import plain_data
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.flow import NICE
 from nicecp.machine import open_backend

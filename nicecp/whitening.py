@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nicecp.bounded import moments_after
 from nicecp.data import column_stats
 from nicecp.errors import DataError, about_file
+from nicecp.kernels import get_backend
 from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
 from nicecp.loading import loading
 from nicecp.optimizers import RMSProp
@@ -55,6 +56,8 @@ def whitening_step(
         raise ValueError(f"regularization is for whitening by zca or gaussian, got {regularization} with {kind!r}")
     if kind == "none":
         return ()
+    if backend.device != "cpu":
+        backend = get_backend("cpu")  # linear algebra in float64, by NumPy
     host, steps = host_part(steps), device_part(steps)
     train = presented(train, host, seed)
     valid = None if valid is None else presented(valid, host, seed)

@@ -14,8 +14,9 @@ from matplotlib.image import imread
 from scipy.special import logsumexp
 
 from nicecp import NICE, load
-from nicecp.beside import Beside, DataSpec
+from nicecp.beside import Beside
 from nicecp.cli.main import main
+from nicecp.data_spec import DataSpec
 from nicecp.errors import DataError
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize, Standardize

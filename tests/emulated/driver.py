@@ -75,6 +75,34 @@ class EmulatedDriver:
     def address(self, array: Array) -> int:
         return int(array.ctypes.data)
 
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    xp = np
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        self.synchronize()
+        yield
+
+    def borrow(self, x: Any) -> Array:
+        raise EmulationError("nobody else has memory on this device")
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        return self.alloc(shape, dtype)
+
+    def hand_over(self) -> None:
+        self.synchronize()
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> int:
+        self.to_device(dst, src)
+        return 0
+
+    def uploaded(self, token: int) -> None:
+        pass
+
     # --- work -------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> Kernel:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from nicecp import AdaM, fit
-from nicecp.beside import Beside, DataSpec, effective_rows
+from nicecp.beside import Beside, effective_rows
 from nicecp.data import column_stats, open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.evaluate import evaluate
 from nicecp.extras import FEW
 from nicecp.flow import NICE
