@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ def test_the_cosine() -> None:
     factors = [rate_factor("cosine", epoch, 10) for epoch in range(1, 11)]
     assert factors[0] == 1.0
     assert factors[5] == pytest.approx(0.5)
-    assert all(a > b > 0 for a, b in zip(factors, factors[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(factors))
     assert rate_factor("cosine", 14, 10) == factors[-1]
     assert rate_factor("constant", 7, 10) == 1.0
 
@@ -43,27 +45,29 @@ def test_weights_decay_and_nothing_else_does() -> None:
         assert np.allclose(decayed.parameters()[name], factor * values, rtol=1e-12, atol=0), name
 
 
+class StopAfter(Callback):
+    """Ask a run to stop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.request_stop()
+
+
 def test_a_resumed_run_keeps_its_schedule(tmp_path: Path) -> None:
     """Interrupted in the middle of an epoch, and of a schedule: the same bits as without."""
     ways = []
-    for name, stop in (("whole", None), ("parts", 7)):
+    for name, stop in (("whole", 0), ("parts", 7)):
         out = tmp_path / f"{name}.h5"
-        given = {"epochs": 4, "hidden": (8,), "batch_size": 50, "threads": 1}
-        run = Run.start(X, out, schedule="cosine", weight_decay=1.0, **given)  # type: ignore[arg-type]
-        with run:
-            if stop is None:
-                run.execute()
-            else:
-
-                class Stop(Callback):
-                    def on_step(self, trainer: Trainer) -> None:
-                        if run.trainer.record.epoch * run.trainer.reader.n_batches + run.trainer.position == stop:
-                            run.trainer.request_stop()
-
-                run.execute([Stop()])
-        if stop is not None:
+        more: dict[str, Any] = {"epochs": 4, "hidden": (8,), "batch_size": 50, "threads": 1}
+        with Run.start(X, out, schedule="cosine", weight_decay=1.0, **more) as run:
+            run.execute([StopAfter(stop)])
+        if stop:
             with Run.resume(out, data=X) as run:
-                assert run.settings.weight_decay == 1.0
+                assert (run.settings.weight_decay, run.trainer.position) == (1.0, 2)
                 run.execute()
         ways.append(nicecp.load(out).parameters())
     assert all(np.array_equal(ways[0][key], ways[1][key]) for key in ways[0])
