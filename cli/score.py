@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 import click
 
 from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
 EXAMPLES = """\
   nicecp score run.h5 --data table.h5 --out scores.h5
   nicecp score run.h5 --data events.h5:/run7/muons --out scores.h5 --plot figures
+  nicecp score run.h5 --data chain.h5:/posterior --weights weight --out scores.h5 --plot fit.pdf
   nicecp score mnist-run.h5 --data mnist.h5 --draws 16 --out scores.h5
 """
 
@@ -55,9 +56,10 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of the noise of 8-bit data: the logarithm of the densities' mean over so many draws is written.",
+    help="Of the noise of 8-bit data and of columns recorded to a few digits: what is written is the logarithm of the "
+    "densities' mean over so many draws.",
 )
-@click.option("--seed", type=SEED, show_default="the run's", help="Of the noise of 8-bit data, and of the figures.")
+@click.option("--seed", type=SEED, show_default="the run's", help="Of that noise, and of the figures.")
 @click.option(
     "--plot",
     type=data_name,
@@ -66,6 +68,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     "latent quantiles, log-densities, and the weights of rows that have them. In a folder, or as one page.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@beside_options("where the run had it; none: without")
 @machine_options
 @json_option
 def score(
@@ -76,6 +79,8 @@ def score(
     seed: int | None,
     plot: str | None,
     overwrite: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -85,22 +90,24 @@ def score(
     FILE.h5 gets the dataset log_prob (rows) in nats, in the data's space and in the rows' order: NaN for rows with NaN,
     -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks.
     """
+    from nicecp.beside import DataSpec
     from nicecp.score_file import score_file
 
+    spec = data if context is None and weights is None else DataSpec(data, context, weights)
     if plot is not None:
         from nicecp.score_plots import check_plots
 
         check_plots(plot, overwrite, checkpoint, data, out)
     with _bar() as progress:
         scored = score_file(
-            checkpoint, data, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
+            checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
             progress=progress,
         )  # fmt: skip
     figures: list[str] = []
     if plot is not None:
         from nicecp.score_plots import plot_scores
 
-        figures = plot_scores(checkpoint, data, plot, scored.seed, overwrite, device, threads)
+        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
     if as_json:
         numbers = {"mean": scored.mean, "standard_error": scored.standard_error, "minimum": scored.minimum}
         counts = {"rows": scored.rows, "nan": scored.nan, "outside": scored.outside}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.beside import effective_rows, plain_data
-from nicecp.checkpoint import load
+from nicecp.checkpoint import load_run
 from nicecp.data import open_source
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.flow import NICE
@@ -23,6 +23,7 @@ from nicecp.machine import open_backend
 from nicecp.outputs import check_output
 from nicecp.plot import FORMATS, new_figure, write_figure
 from nicecp.score_file import check_scorable, in_data_space
+from nicecp.scoring import as_recorded
 from nicecp.sources import Source, as_they_are
 
 FloatArray = NDArray[np.float64]
@@ -352,8 +353,8 @@ def plot_scores(
     Raises as ``score_file``, and MissingExtra where matplotlib is not installed.
     """
     check_plots(target, overwrite, checkpoint, plain_data(data))
-    flow = load(checkpoint, backend=open_backend(device, threads))
-    source = open_source(data, "test")
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, 1)
         compared = compare(flow, source, seed)
