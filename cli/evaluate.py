@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -20,6 +20,7 @@ EXAMPLES = """\
   nicecp evaluate run.h5 --data mnist.h5 --split valid
   nicecp evaluate run.h5 --data other.h5:/measurements --json
   nicecp evaluate run.h5 --data mnist.h5 --compare
+  nicecp evaluate run.h5 --data other.h5 --context other.h5:/ctx
 """
 
 
@@ -42,6 +43,7 @@ EXAMPLES = """\
     help="Beside it a full-covariance Gaussian fitted to the training rows, factor analysis and a mixture where "
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
+@beside_options("where the run had it; none: without")
 @machine_options
 @json_option
 def evaluate(
@@ -50,6 +52,8 @@ def evaluate(
     split: str,
     seed: int | None,
     comparing: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     precision: str | None,
@@ -60,15 +64,17 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    from nicecp.beside import DataSpec
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.scoring import score
 
-    result = score(checkpoint, data, split, seed, device, threads, precision)
+    spec = data if context is None and weights is None else DataSpec(data, context, weights)
+    result = score(checkpoint, spec, split, seed, device, threads, precision)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, data, split, seed, device, threads, precision)
+        others = compare(checkpoint, spec, split, seed, device, threads, precision)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

@@ -10,6 +10,7 @@ import click
 from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
+    beside_options,
     byte_size,
     command,
     data_name,
@@ -34,6 +35,8 @@ EXAMPLES = """\
   nicecp train --data table.h5 --transform auto --out table-run.h5
   nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
+  nicecp train --data chain.h5 --weights w --out posterior.h5          (MCMC, nested sampling)
+  nicecp train --data table.h5 --context mass,age --out given.h5       (p(other columns | mass, age))
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
 """
@@ -144,7 +147,14 @@ def _number_options(function: Any) -> Any:
     type=value_range,
     metavar="LO,HI",
     show_default="0,1",
-    help="Where 8-bit values are dequantized to.",
+    help="Where 8-bit values are dequantized to; with --logit, where floats lie.",
+)
+@click.option(
+    "--logit",
+    type=click.FloatRange(0, 0.5, max_open=True),
+    metavar="MARGIN",
+    show_default="none",
+    help="Send data in --range to the whole line by a logit that keeps MARGIN away from its ends, such as 0.05.",
 )
 @click.option(
     "--whiten",
@@ -179,6 +189,7 @@ def _number_options(function: Any) -> Any:
     "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
     "with depth; checked every epoch.",
 )
+@beside_options("none")
 @machine_options
 @click.option(
     "--device-memory-limit",
@@ -217,6 +228,8 @@ def train(
     range_: tuple[float, float] | None,
     no_standardize: bool,
     allow_constant: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     checkpoint_every: tuple[float, int | None],
@@ -258,16 +271,18 @@ def train(
     }
     run: Run | None = None
     try:
+        from nicecp.beside import DataSpec
         from nicecp.cli import training
         from nicecp.partition import order_from_file
         from nicecp.run import Run
 
         if partition_file is not None:
             settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
+        spec: Any = data if context is None and weights is None else DataSpec(data, context, weights)
         if resume is not None:
-            run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
+            run = Run.resume(resume, data=spec, allow_changed_data=allow_changed_data, **settings)
         else:
-            run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
+            run = Run.start(spec, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
         with run:
             if dry_run:
                 training.show_plan(run, as_json)
@@ -304,7 +319,7 @@ _NAMES = (
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations", "transform")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations", "transform")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -19,14 +19,15 @@ Rules that every implementation keeps:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from nicecp.errors import DeviceError
+from nicecp.kernels.device_arrays import DeviceArrays
 
 Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels check shapes where they are called
 
@@ -34,20 +35,6 @@ ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a
 
 
 Ready: TypeAlias = Callable[[int, int], None]
-
-_PIECE = 2**24  # numbers that are looked at by one call
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""
-
-
-@dataclass(frozen=True)
-class Upload:
-    """ready(): calls from now on see the data. done(): waits, on the host, until the source is free."""
-
-    ready: Callable[[], None]
-    done: Callable[[], None]
 
 
 class Slot:
@@ -98,7 +85,7 @@ FACTOR_BOUND = 3.0  # nats: a coupling's factor lies between exp(-3) and exp(3),
 OPTIMIZERS = {"adam": 0, "rmsprop": 1}
 
 
-class Backend(ABC):
+class Backend(DeviceArrays):
     """A device. Chosen once (``nicecp.kernels.get_backend``) and passed on explicitly."""
 
     name: str
@@ -122,56 +109,6 @@ class Backend(ABC):
     def copy_out(self, src: Array) -> NDArray[Any]:
         """A new host array with the device array's content."""
 
-    def assign(self, dst: Array, src: Array) -> None:
-        """dst = src, device arrays of one shape and dtype, in the order of the calls."""
-        with self.arithmetic():
-            dst[...] = src
-
-    @property
-    def xp(self) -> Any:
-        """The array library whose arrays these are: NumPy, or CuPy. Use it inside ``arithmetic`` alone."""
-        return np
-
-    def arithmetic(self) -> AbstractContextManager[None]:
-        """What the array library itself computes inside stands in the order of the calls."""
-        return nullcontext()
-
-    def is_finite(self, array: Array) -> bool:
-        """Whether all numbers are; waits for the device. Looks at pieces, so that it needs little memory."""
-        flat = array.reshape(-1)
-        with self.arithmetic():
-            return all(
-                bool(self.xp.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, flat.size, _PIECE)
-            )
-
-    def owns(self, x: object) -> bool:
-        """Whether x is an array in this device's own memory, which the host cannot read."""
-        return False
-
-    def borrow(self, x: Any) -> Array:
-        """The array that ``owns`` said yes to, as one of ours, in the order of the calls; nothing is copied."""
-        raise ValueError("this device computes in the host's memory")
-
-    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
-        """An uninitialised array that a caller will get, once ``hand_over`` was called."""
-        return self.alloc(shape, dtype)
-
-    def hand_over(self) -> None:
-        """What the caller launches from now on, on a stream of his own, comes after all our calls."""
-        self.synchronize()
-
-    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """An uninitialised host array that ``upload`` is fastest from."""
-        return np.empty(shape, dtype)
-
-    def upload(self, dst: Array, src: NDArray[Any]) -> Upload:
-        """Begin dst = src (``pinned``), of one shape and dtype, behind all calls so far and beside those that follow.
-
-        Before dst is read, ``ready()`` of what is returned; before src is changed, ``done()``, from any thread.
-        """
-        self.copy_in(dst, src)
-        return Upload(_nothing, _nothing)
-
     @abstractmethod
     def computing(self) -> AbstractContextManager[None]:
         """Hold the number of BLAS threads that was asked for, and only for as long as the context lasts."""
@@ -183,6 +120,14 @@ class Backend(ABC):
         ``step`` is called once; its calls of this backend are not carried out but written down, on a CPU on a tape, on
         a GPU in a graph, and what they work on must keep its place in memory. Fills are not recorded.
         """
+
+    def host(self, function: Callable[[], None], reads: Sequence[Array], writes: Sequence[Array]) -> None:
+        """Call a Python function here, in a recorded step too, between the calls before and after it.
+
+        reads, writes : the arrays that it works on, in place. For couplings and networks in NumPy, which only devices
+        whose arrays are NumPy's can serve: others raise DeviceError, as here.
+        """
+        raise DeviceError(f"couplings and networks of your own run on a CPU, not on {self.device!r}: use --device cpu")
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -229,6 +174,17 @@ class Backend(ABC):
     @abstractmethod
     def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
+
+    @abstractmethod
+    def logit_forward(
+        self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
+    ) -> None:
+        """z = log(p) - log(1 - p), p = margin + (1 - 2 margin) (x - shift) scale; z, x : (n, k), z may be x.
+
+        shift, scale : (k,) float64, as the computation is; 0 <= margin < 1/2. log_det : (n,) float64 = (first) or +=
+        -sum(log p + log(1 - p)): each row's own part; the factor (1 - 2 margin) scale, which all rows have in common,
+        is not in it. p outside (0, 1) gives NaN, p = 0 or 1 infinities. No backward: it comes before the parameters.
+        """
 
     @abstractmethod
     def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:

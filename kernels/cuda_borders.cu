@@ -117,7 +117,7 @@ KERNEL(copy_columns)(real* __restrict__ out, const real* __restrict__ x, int64 n
 }
 
 // z : (n, k) = log(p) - log(1 - p), p = margin + (1 - 2 margin) (x - shift) scale, in float64; z may be x.
-// log_det : (n,) = (first) or += -sum(log p + log(1 - p)): each row's own part of log |dz / dx|.
+// log_det : (n,) = (first) or += -sum over columns of log p + log(1 - p), each row's own part of log |dz / dx|.
 KERNEL(logit_forward)(real* z, double* __restrict__ log_det, const real* x, const double* __restrict__ shift,
                       const double* __restrict__ scale, double margin, int64 n, int k, int first) {
     const double width = 1.0 - 2.0 * margin;

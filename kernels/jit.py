@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from llvmlite.binding import ffi
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,6 +26,21 @@ logger = logging.getLogger("nicecp")
 
 # Reassociation and contraction let loops vectorise; NaN and infinity keep their meaning (no "nnan", no "ninf").
 REASSOCIATE = {"reassoc", "contract", "nsz"}
+
+
+def _take_locks() -> None:
+    """Numba's lock and then LLVM's, in the order in which a thread that compiles takes them."""
+    global_compiler_lock.acquire()
+    ffi.lib._lock.__enter__()
+
+
+def _give_back_locks() -> None:
+    ffi.lib._lock.__exit__(None, None, None)
+    global_compiler_lock.release()
+
+
+# A child that is forked while another thread compiles would wait for ever for that thread, which it does not have.
+os.register_at_fork(before=_take_locks, after_in_parent=_give_back_locks, after_in_child=_give_back_locks)
 
 
 @cache
@@ -46,6 +66,22 @@ def kernel(function: F) -> F:
     except (RuntimeError, OSError) as error:  # "cannot cache function: no locator available"; sources not readable
         logger.debug("compiling %s without a cache: %s", function.__name__, error)
         compiled = numba.njit(function, **options)
+    return compiled
+
+
+def c_function(signature: Any, function: Callable[..., Any], cached: bool = True) -> Any:
+    """A function with C's calling convention at ``.address``, compiled now; ``cached`` : or taken from the disk."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": REASSOCIATE, "error_model": "numpy"}
+    function.__qualname__ = f"{function.__qualname__}_{sources_digest()}"
+    arguments, result = sigutils.normalize_signature(signature)
+    compiled = CFunc(function, (arguments, result), locals={}, options=options)
+    try:
+        if cached:
+            compiled.enable_caching()
+            _forgive_full_disks(compiled)
+    except (RuntimeError, OSError) as error:
+        logger.debug("compiling %s without a cache: %s", function.__name__, error)
+    compiled.compile()
     return compiled
 
 

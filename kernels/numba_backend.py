@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+# Not when it is first needed: a child that is forked during an import by another thread waits for it for ever.
+from nicecp.kernels import _numba_point  # noqa: F401
 from nicecp.kernels import _numba_random as random
 from nicecp.kernels.backend import Array, Ready, Slot
 from nicecp.kernels.numba_calls import NumbaCalls
@@ -73,6 +75,22 @@ class NumbaBackend(NumbaCalls):
         d = x.shape[1]
         numbers = (d, _places(order, d)[1])
         self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (order,), numbers, (x,), (x0, x1))
+
+    def logit_forward(
+        self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
+    ) -> None:
+        over = self._cut(len(x), 16 * x.size, _SLICED_ROWS, 1)
+        reads, other = (x, shift, scale), (log_det, shift, scale, np.array([margin]))
+        self._call(
+            Op.LOGIT_FORWARD,
+            over,
+            (z, x),
+            other,
+            (x.shape[1], first),
+            (z, log_det),
+            reads if first else (*reads, log_det),
+            16 * x.size,
+        )
 
     def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
         n, m, k = len(out), len(source), out.shape[1] if out.ndim > 1 else 1

@@ -41,6 +41,7 @@ class Op:
     ACCUMULATE = 18
     GATHER = 19
     COPY_COLUMNS = 20
+    LOGIT_FORWARD = 21
 
 
 class Field:

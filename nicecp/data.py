@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import DataSpec, beside, plain_data
+from nicecp.beside import DataSpec, plain_data
 from nicecp.datasets import TEST_NAMES, TRAIN_NAMES, VALID_NAMES, candidates, locate, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import Purpose
+from nicecp.rows import chosen, open_rows
 from nicecp.sources import ArraySource, Source, column_label
 from nicecp.split import Split, as_fraction, held_by_weight
 
@@ -64,26 +65,34 @@ def open_source(spec: Any, role: str = "train") -> Source:
     """
     if role not in ROLES:
         raise ValueError(f"the role must be one of {', '.join(ROLES)}, got {role!r}")
-    return beside(_open_plain(plain_data(spec), role), spec)
+    return _open_file(spec, role) if _is_file(plain_data(spec)) else chosen(_open_plain(plain_data(spec), role), spec)
+
+
+def _is_file(data: Any) -> bool:
+    return isinstance(data, (str, os.PathLike)) and data != DEMO
 
 
 def _open_plain(spec: Any, role: str) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         return spec if hasattr(spec, "fingerprint") else ArraySource(spec)
-    if spec == DEMO:
-        if role == "valid":
-            raise DataError(about_file(DEMO, "it has no valid dataset", "use its train or test rows"))
-        return _demo(role)
-    from nicecp.hdf5_data import HDF5Source
+    if role == "valid":
+        raise DataError(about_file(DEMO, "it has no valid dataset", "use its train or test rows"))
+    return _demo(role)
 
-    path, dataset = split_spec(spec)
-    roles, test = locate(path, dataset)
+
+def _open_file(spec: Any, role: str) -> Source:
+    path, dataset = split_spec(plain_data(spec))
+    roles, test = locate(path, dataset, _names_columns(spec))
     named = dataset is not None and roles.get("train") == dataset
-    chosen = roles.get("train") if named else test if role == "test" else roles.get(role)
-    if chosen is None:
+    found = roles.get("train") if named else test if role == "test" else roles.get(role)
+    if found is None:
         names = " or ".join(repr(n) for n in (VALID_NAMES if role == "valid" else TRAIN_NAMES))
         raise DataError(about_file(path, f"it has no {role} dataset", f"store one as {names}, or write FILE.h5:/NAME"))
-    return HDF5Source(path, chosen)
+    return open_rows(path, found, spec, named or found == roles.get("train"))
+
+
+def _names_columns(spec: Any) -> bool:
+    return isinstance(spec, DataSpec) and spec.columns is not None
 
 
 @dataclass
@@ -118,15 +127,13 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
     spec = plain_data(spec)
     sources: dict[str, Source] = {}
     try:
-        if isinstance(spec, (str, os.PathLike)) and spec != DEMO:
-            from nicecp.hdf5_data import HDF5Source
-
+        if _is_file(spec):
             path, dataset = split_spec(spec)
-            roles, _ = locate(path, dataset)
+            roles, _ = locate(path, dataset, _names_columns(whole))
             if "train" not in roles:
                 open_source(spec)
             for role, name in roles.items():
-                sources[role] = beside(HDF5Source(path, name), whole)
+                sources[role] = open_rows(path, name, whole, role == "train")
         else:
             sources["train"] = open_source(whole)
             if isinstance(spec, str):

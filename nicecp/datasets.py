@@ -38,11 +38,13 @@ def listing(entries: Sequence[Entry]) -> str:
 
 
 def _named(group: h5py.Group, where: str, names: Sequence[str], path: str) -> str | None:
-    """The first of the names that is a dataset of rank >= 2 in the group; rank 1 is for labels."""
+    """The first of the names that is a dataset of rank >= 2 in the group, a compound table, or a group of columns;
+    other datasets of rank 1 are for labels."""
     import h5py
 
     from nicecp.hdf5_chunks import Unusable
     from nicecp.hdf5_data import entry, member
+    from nicecp.table_files import column_names
 
     for name in names:
         try:
@@ -53,12 +55,15 @@ def _named(group: h5py.Group, where: str, names: Sequence[str], path: str) -> st
             label = entry(where + name, found)
             if label.rank >= 2:
                 return where + name
+        elif isinstance(found, h5py.Group) and column_names(found):
+            return where + name
     return None
 
 
-def _choose_train(group: h5py.Group, where: str, path: str) -> str:
+def _choose_train(group: h5py.Group, where: str, path: str, of_columns: bool) -> str:
     """The training dataset below a group by the rules of ``open_source``; DataError if there is none or no only one."""
     from nicecp.hdf5_data import search
+    from nicecp.table_files import column_names
 
     named = _named(group, where, TRAIN_NAMES, path)
     if named is not None:
@@ -72,6 +77,8 @@ def _choose_train(group: h5py.Group, where: str, path: str) -> str:
     if usable:
         problem = f"several datasets could be the training data: {listing(usable)}"
         raise DataError(about_file(path, problem, f"choose one: {path + ':' + usable[0].path!r}"))
+    if of_columns or column_names(group):
+        return where.rstrip("/") or "/"
     if len(entries) == 1 and entries[0].rank != 1:
         return entries[0].path  # whoever opens it says what is wrong with it
     found = f"it holds {listing(entries)}" if entries else "it holds no datasets"
@@ -102,8 +109,11 @@ def _walk(file: h5py.File, dataset: str, path: str) -> h5py.Group | h5py.Dataset
     return found
 
 
-def locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
-    """Roles -> dataset paths of a file, and where the test rows of an evaluation are ('' if nowhere)."""
+def locate(path: str, dataset: str | None, of_columns: bool = False) -> tuple[dict[str, str], str]:
+    """Roles -> dataset paths of a file, and where the test rows of an evaluation are ('' if nowhere).
+
+    of_columns : whether columns will be chosen by name, so that any group without a better dataset will do
+    """
 
     from nicecp.hdf5_open import damage_reported, open_hdf5
     from nicecp.store import is_checkpoint
@@ -115,12 +125,12 @@ def locate(path: str, dataset: str | None) -> tuple[dict[str, str], str]:
             )
         )
     with open_hdf5(path, dataset) as file, damage_reported(path):
-        roles, test = _roles(file, path, dataset)
+        roles, test = _roles(file, path, dataset, of_columns)
     probe.remember(path, [*roles.values(), test])  # the child has been through these too
     return roles, test
 
 
-def _roles(file: h5py.File, path: str, dataset: str | None) -> tuple[dict[str, str], str]:
+def _roles(file: h5py.File, path: str, dataset: str | None, of_columns: bool) -> tuple[dict[str, str], str]:
     """As ``locate``, in the open file."""
     import h5py
 
@@ -137,7 +147,7 @@ def _roles(file: h5py.File, path: str, dataset: str | None) -> tuple[dict[str, s
         group, where = found, dataset.rstrip("/") + "/"
     test = _named(group, where, TEST_NAMES, path)
     try:
-        train = _choose_train(group, where, path)
+        train = _choose_train(group, where, path, of_columns)
     except DataError:
         if test is None:
             raise

@@ -16,12 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 from nicecp.borders import as_rows
 from nicecp.context import Context
 from nicecp.kernels import get_backend
-from nicecp.kernels.backend import Backend
-from nicecp.preprocessing import Step
+from nicecp.kernels.backend import Array, Backend
+from nicecp.native import CFunction, Snapshot
+from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import SECTIONS, Reader, model_tree, read_context, read_model
 from nicecp.spec import ModelSpec, whole_number
 from nicecp.store import read_tree, write_tree
+from nicecp.transforms import ColumnStep
 
 FloatArray = NDArray[np.float64]
 
@@ -35,6 +37,8 @@ class Density(ABC):
     preprocessing: tuple[Step, ...]
     info: DataInfo
     context: Context | None
+    backend: Backend
+    flat: Array
 
     @classmethod
     @abstractmethod
@@ -59,11 +63,28 @@ class Density(ABC):
     @abstractmethod
     def sample(self, n: int, rng: int | np.random.Generator | None = None, context: ArrayLike | None = None) -> Any: ...
 
+    def __repr__(self) -> str:
+        hidden = "-".join(str(size) for size in self.spec.couplings[0].hidden)
+        given = "" if self.context is None else f" given {self.context.describe()}"
+        return (
+            f"NICE({self.n_features} features{given}, {len(self.spec.couplings)} {self.spec.couplings[0].law} "
+            f"couplings of {hidden or 'no hidden layer'}, {self.spec.prior} prior, {self.spec.dtype})"
+        )
+
     # --- what it is -------------------------------------------------------------------------------
 
     @property
     def n_features(self) -> int:
         return self.spec.n_features
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of parameters and computation."""
+        return np.dtype(self.spec.dtype)
+
+    @property
+    def n_parameters(self) -> int:
+        return self.spec.n_parameters
 
     @property
     def dim(self) -> int:
@@ -86,7 +107,11 @@ class Density(ABC):
 
         Dequantized values count as unbounded: the flow has a density, small as it is, beyond their range.
         """
-        return np.tile([-np.inf, np.inf], (self.dim, 1))
+        ends = unbounded = np.tile([[-np.inf], [np.inf]], (1, self.dim))
+        for step in reversed(self.preprocessing):
+            column_by_column = isinstance(step, (ColumnStep, Standardize, Dequantize))
+            ends = step.inverse(ends) if column_by_column else unbounded
+        return np.ascontiguousarray(ends.T)
 
     # --- as a distribution ------------------------------------------------------------------------
 
@@ -131,6 +156,33 @@ class Density(ABC):
 
             h = ndtri(level)
         return self.inverse(h.reshape(*shape, self.dim), context)[0]
+
+    # --- for compiled code ------------------------------------------------------------------------
+
+    def njit_log_prob(self, floor: float | None = None) -> Any:
+        """log_prob as a Numba function of one point, x : (d,) float64 -> float, for Python and your own ``@njit`` code.
+
+        A flow with a context takes it second. The function has its own copy of the weights: later training does not
+        reach it. It releases the GIL, may be pickled, and raises as log_prob does; floor is that of log_prob. Functions
+        that call it are not kept in Numba's cache on disk, since they hold an address of this process.
+
+        Raises ValueError for a step of preprocessing that has no compiled form.
+        """
+        from nicecp.kernels._numba_call import point_function
+
+        return point_function(self._snapshot(), -np.inf if floor is None else float(floor))
+
+    def cfunc(self, floor: float | None = None, *, exponentiate: bool = False) -> CFunction:
+        """log_prob of one point as a C function, see nicecp.native.CFunction: ``.address``, ``.low_level_callable()``.
+
+        exponentiate : the density itself instead of its logarithm, which is what one integrates.
+
+        Raises ValueError for a step of preprocessing that has no compiled form.
+        """
+        return CFunction(self._snapshot(), -np.inf if floor is None else float(floor), exponentiate)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing, self.context)
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -58,7 +58,13 @@ def check_width(flow: NICE, split: Split) -> None:
 
 
 def check_fits(flow: NICE, split: Split) -> None:
-    """DataError unless the split holds rows that this flow can score."""
+    """DataError unless the split holds rows that this flow can score, with the context that it is conditioned on."""
+    check_kind(flow, split)
+    check_context(flow, split.source)
+
+
+def check_kind(flow: NICE, split: Split) -> None:
+    """DataError unless the split's rows are of the flow's width and, as its own data, 8-bit or not."""
     check_width(flow, split)
     source = split.source
     wants_bytes = any(isinstance(step, Dequantize) for step in flow.preprocessing)
@@ -67,7 +73,6 @@ def check_fits(flow: NICE, split: Split) -> None:
         raise DataError(
             about_file(source.name, f"{has} data, but the flow was trained on {wants} data", "convert the data")
         )
-    check_context(flow, source)
 
 
 class PresentedRows:
@@ -163,7 +168,9 @@ class Evaluator:
             position = int(bad[0])
             block = int(np.searchsorted(self.split.bounds, position, side="right")) - 1
             row = int(self.split.rows_of_block(block)[position - int(self.split.bounds[block])])
-            problem = f"the log-density of row {row} is {values[position]}: the flow overflows there"
+            affine = all(step.affine for step in self.flow.preprocessing)
+            why = "the flow overflows there" + ("" if affine else ", or its preprocessing does not take such values")
+            problem = f"the log-density of row {row} is {values[position]}: {why}"
             raise DataError(about_file(self.split.source.name, problem, "look at this row, or train a new flow"))
         return self._summary(values)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.beside import DataSpec
+from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
@@ -41,42 +42,52 @@ def preprocessing_for(
     transform: str = NONE,
     seed: int = 0,
     events: list[Event] | None = None,
+    logit: float | None = None,
 ) -> tuple[Step, ...]:
     """The preprocessing of a data set: dequantization of 8-bit values; transforms and standardisation of floats.
 
     Reads float data once (mean and standard deviation of the training rows), twice with transforms of columns
     (``transform``: see nicecp.transform_spec; ``seed``: of the noise on recorded values). What each column was given,
-    and why, is logged and added to ``events``.
+    and why, is logged and added to ``events``. logit : with a margin, the logit of values in ``value_range`` comes
+    before the standardisation (nicecp.bounded).
 
     Raises
     ------
     DataError
-        A value is not finite or outside a transform's support, or a float column is constant (its likelihood is
-        unbounded) and not allowed to be.
+        A value is not finite, outside a transform's support or beyond the logit's range, or a float column is constant
+        (its likelihood is unbounded) and not allowed to be.
     ValueError
-        The value range is not one, or is beyond +-MAX_RANGE.
+        The value range is not one, or is beyond +-MAX_RANGE; a margin that will not do.
     """
     if train.source.is_image8:
         if max(abs(value) for value in value_range) > MAX_RANGE:
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
         if transform != NONE:
             raise ValueError("transforms of columns are for floats, and these are 8-bit data: leave them out")
-        return (Dequantize(*value_range),)
+        first = Dequantize(*value_range)
+        return (first,) if logit is None else (first, logit_step(train, None, value_range, logit))
+    if transform != NONE and logit is not None:
+        raise ValueError("a logit of all columns and transforms of single ones exclude each other: leave one out")
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
     steps: tuple[Step, ...] = ()
+    mean, std = stats.mean, stats.std
     if transform != NONE:
         steps = _transforms(train, transform, [] if events is None else events)
         stats = column_stats(presented(train, steps, seed)) if steps else stats
+        mean, std = stats.mean, stats.std
+    elif logit is not None:
+        steps = (logit_step(train, stats, value_range, logit),)
+        mean, std = spread_after(train, steps)
     if not standardize:
         return steps
-    return (*steps, Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)))
+    return (*steps, Standardize(mean, np.where(stats.low == stats.high, 1.0, std)))
 
 
 def preprocessing_of(settings: Settings, train: Split, events: list[Event]) -> tuple[Step, ...]:
     """preprocessing_for, of a run's settings."""
     choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform, settings.seed)
-    return preprocessing_for(train, *choices, events)
+    return preprocessing_for(train, *choices, events, settings.logit)
 
 
 def _transforms(train: Split, transform: str, events: list[Event]) -> tuple[Step, ...]:
@@ -105,6 +116,7 @@ def fit(
     standardize: bool = True,
     allow_constant: bool = False,
     transform: str = NONE,
+    logit: float | None = None,
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
@@ -124,6 +136,8 @@ def fit(
     transform : str
         Transforms of single float columns before standardisation: "auto", "quantile", or for each column
         "mass=log,phi=angle,*=quantile" (docs/tables.md). record.events say what each column was given, and why.
+    logit : float, optional
+        A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
     context : (n, k) array, or text; see nicecp.beside.DataSpec
@@ -159,7 +173,9 @@ def fit(
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
-    spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
+    spec: Any = data
+    if context is not None or sample_weight is not None:
+        spec = DataSpec(data, context, sample_weight)
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
@@ -168,7 +184,8 @@ def fit(
         if steps:
             check_fits(flow, train)
         else:
-            steps = preprocessing_for(train, value_range, standardize, allow_constant, transform, seed, events)
+            given = (value_range, standardize, allow_constant, transform, seed, events, logit)
+            steps = preprocessing_for(train, *given)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         check_representable(splits, steps, flow.dtype)

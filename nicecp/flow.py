@@ -17,16 +17,18 @@ from nicecp.context import Context, context_of, paired, rows_for, seen
 from nicecp.density import Density
 from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import Array, Backend, Purpose, Slot
+from nicecp.native import Points, has_compiled_form
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
-from nicecp.spec import ModelSpec, alternating, by_coupling, dtype_name, hidden_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, spec_of, whole_number
 from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
 
 CHUNK = 1024  # rows at a time: bounds what a call needs beside its result; activations stay in cache
+FEW = 2**19  # weights to multiply with, of all rows together, up to which each row is scored on its own
 FloatArray = NDArray[np.float64]
 
 
@@ -52,6 +54,9 @@ class NICE(Density):
     partition : "odd-even", "halves" or a sequence of int
         The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
         and the second half of a permutation of the features' numbers.
+    network : "mlp" or a registered name
+        What couplings read: dense ReLU layers, or a network of one's own. A law of one's own is a name in ``coupling``.
+        See nicecp.registry and docs/extending.md.
     n_context : int
         k, at least 0: the density is p(x | context) for a context of k numbers, which every network reads beside its
         half of the features (nicecp.context). context_names : what they are called.
@@ -78,6 +83,7 @@ class NICE(Density):
         *,
         coupling: str | Sequence[str] = "additive",
         partition: str | Sequence[int] = "odd-even",
+        network: str = "mlp",
         n_context: int = 0,
         context_names: Sequence[str] | None = None,
         init: str = "paper",
@@ -87,17 +93,11 @@ class NICE(Density):
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        sizes = hidden_sizes(hidden)
-        count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
-        couplings = alternating(sizes, count, laws)
-        name = "float64" if open_dtype else dtype_name(dtype)
-        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
-        k = whole_number(n_context, "n_context")
-        spec = ModelSpec(d, couplings, prior, name, k, precision, parted, order)
-        if context_names is not None and k < 1:
+        made_of = (prior, "float64" if open_dtype else dtype, coupling, partition, network, n_context, precision)
+        spec = spec_of(n_features, hidden, n_couplings, *made_of)
+        if context_names is not None and not spec.n_context:
             raise ValueError("context_names are for a flow with a context: give n_context too")
-        context = Context.unscaled(k, context_names) if k else None
+        context = Context.unscaled(spec.n_context, context_names) if spec.n_context else None
         self._build(spec, None, tuple(preprocessing), DataInfo(), context, seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -153,6 +153,9 @@ class NICE(Density):
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls, self._there = Calls(self.network, self._views), DeviceRows(self)
+        compiled = backend.device == "cpu" and has_compiled_form(spec, preprocessing)
+        self._few = FEW // spec.n_parameters if compiled else 0
+        self._points: Points | None = None
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -160,24 +163,7 @@ class NICE(Density):
         keywords = {"context": self.context, "init": self.init, "backend": self.backend}
         return _rebuild, (arguments, keywords, self._dtype_is_open)
 
-    def __repr__(self) -> str:
-        hidden = "-".join(str(size) for size in self.spec.couplings[0].hidden)
-        given = "" if self.context is None else f" given {self.context.describe()}"
-        return (
-            f"NICE({self.n_features} features{given}, {len(self.spec.couplings)} {self.spec.couplings[0].law} "
-            f"couplings of {hidden or 'no hidden layer'}, {self.spec.prior} prior, {self.spec.dtype})"
-        )
-
     # --- what it is -------------------------------------------------------------------------------
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of parameters and computation."""
-        return np.dtype(self.spec.dtype)
-
-    @property
-    def n_parameters(self) -> int:
-        return self.spec.n_parameters
 
     def parameters(self) -> Parameters:
         """Named host copies: couplings/K/layers/J/weight, .../bias, scaling/log_scale (d,) in data order."""
@@ -224,6 +210,18 @@ class NICE(Density):
             A finite row gave no finite number: the parameters are broken, or it overflows on its way.
         """
         rows, shape, given = self._rows(x, context)
+        if len(rows) <= self._few:
+            if self._points is None:
+                self._points = Points(self.spec, self._views, self.preprocessing)
+            out = self._points.log_prob(rows, given, floor)
+        else:
+            out = self._log_prob_in_chunks(rows, given, floor)
+        if shape == ():
+            return float(out[0])
+        return out.reshape(shape).astype(dtype, copy=False)
+
+    def _log_prob_in_chunks(self, rows: NDArray[Any], given: NDArray[Any] | None, floor: float | None) -> FloatArray:
+        """rows : (n, d) -> (n,)."""
         out = np.empty(len(rows), np.float64)
 
         def score(call: Call, at: slice) -> None:
@@ -232,7 +230,7 @@ class NICE(Density):
         bad, log_det = self._run("density", rows, given, score)
         out += log_det
         settle(out, rows, bad, "log_prob", floor)
-        return float(out[0]) if shape == () else out.reshape(shape).astype(dtype, copy=False)
+        return out
 
     @on_device
     def log_prob_and_grad(

@@ -6,6 +6,7 @@ written completely, and holds integers or floats of at most 8 bytes, unfiltered 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -82,13 +83,18 @@ def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
 def element_kind(dataset: h5py.Dataset) -> tuple[np.dtype[Any] | None, str]:
     """(the dtype to read, its name) for integers and floats of at most 8 bytes, else (None, what it is)."""
     kind = dataset.id.get_type()
+    if kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
+        with contextlib.suppress(*HDF5_ERRORS):
+            if dataset.dtype.kind == "c":
+                return None, "complex numbers"
+    return type_kind(kind)
+
+
+def type_kind(kind: Any) -> tuple[np.dtype[Any] | None, str]:
+    """element_kind, of a type of HDF5."""
     number = kind.get_class()
     if number not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
-        try:
-            label = "complex numbers" if dataset.dtype.kind == "c" else _CLASSES.get(number, "no numbers")
-        except HDF5_ERRORS:
-            label = _CLASSES.get(number, "no numbers")
-        return None, label
+        return None, _CLASSES.get(number, "no numbers")
     size = kind.get_size()
     if size > 8:
         return None, f"numbers of {size} bytes"
@@ -108,23 +114,29 @@ def examine(dataset: h5py.Dataset, least_rank: int = 2) -> Layout:
     if shape is None or len(shape) < least_rank:
         found = "nothing" if shape is None else f"shape {shape}"
         raise Unusable(f"expected rows of columns, found {found}", "store one sample per row, shape (rows, columns)")
+    stored_whole(dataset)
+    if 0 in shape or dataset.chunks is None:
+        return Layout(shape, raw, 1, None)
+    chunks = Chunks(dataset.id, shape, dataset.chunks, raw)
+    across = [-(-size // length) for size, length in zip(shape[1:], dataset.chunks[1:], strict=True)]
+    return Layout(shape, raw, chunks.bytes * math.prod(across), chunks)
+
+
+def stored_whole(dataset: h5py.Dataset) -> None:
+    """Unusable unless a dataset's numbers are in the file itself, behind filters that are read, and, where they are
+    contiguous, all there."""
     if dataset.is_virtual:
         raise Unusable("it is a virtual dataset", "copy the numbers into this file")
     if dataset.external:
         raise Unusable("its numbers lie in other files (external storage)", "copy the numbers into this file")
     filters_of(dataset.id)
-    if 0 in shape:
-        return Layout(shape, raw, 1, None)
-    if dataset.chunks is None:
-        stored, size = dataset.id.get_storage_size(), math.prod(shape) * dataset.id.get_type().get_size()
-        if stored == 0:  # HDF5 would hand out fill values
-            raise Unusable("its numbers were never written", "write the file again")
-        if stored != size:
-            raise Unusable(f"it is stored in {stored} bytes, not {size}", "copy or download the file again")
-        return Layout(shape, raw, 1, None)
-    chunks = Chunks(dataset.id, shape, dataset.chunks, raw)
-    across = [-(-size // length) for size, length in zip(shape[1:], dataset.chunks[1:], strict=True)]
-    return Layout(shape, raw, chunks.bytes * math.prod(across), chunks)
+    if 0 in dataset.shape or dataset.chunks is not None:
+        return
+    stored, size = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    if stored == 0:  # HDF5 would hand out fill values
+        raise Unusable("its numbers were never written", "write the file again")
+    if stored != size:
+        raise Unusable(f"it is stored in {stored} bytes, not {size}", "copy or download the file again")
 
 
 def entry(path: str, dataset: h5py.Dataset) -> Entry:
@@ -132,6 +144,8 @@ def entry(path: str, dataset: h5py.Dataset) -> Entry:
     try:
         raw, label = element_kind(dataset)
         shape = dataset.shape or ()
+        if len(shape) == 1 and dataset.id.get_type().get_class() == h5py.h5t.COMPOUND:
+            return Entry(path, f"compound table {shape}", 2, "")  # nicecp.table_files
         problem = "" if raw is not None and len(shape) >= 2 else "not numeric" if raw is None else "rank below 2"
         return Entry(path, f"{label} {shape}", len(shape), problem)
     except HDF5_ERRORS as error:
@@ -239,6 +253,11 @@ class HDF5Source:
     @property
     def is_image8(self) -> bool:
         return self.dtype == np.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dataset."""
+        return self._layout.shape
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop-1 : (stop - start, d), a new array."""

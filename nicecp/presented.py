@@ -122,12 +122,13 @@ def mean_log_det(split: Split, steps: tuple[Step, ...], seed: int) -> float:
 
 
 def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:
-    """The flow from the space after its last step that is not affine, and rows x : (n, d) as they are there."""
-    past = 1 + max((k for k, step in enumerate(flow.preprocessing) if not step.affine), default=-1)
+    """The flow from the space after its transforms of single columns, and rows x : (n, d) as they are there."""
+    past = len(host_part(flow.preprocessing))
     if not past:
         return flow, x
     z = apply_steps(flow.preprocessing[:past], x)[0]
     if not np.isfinite(z).all():
         raise ValueError("a row lies outside the support of the flow's transforms")
     after = flow.preprocessing[past:]
-    return NICE.from_spec(flow.spec, flow.parameters(), after, flow.info, backend=flow.backend), z
+    parameters = flow.parameters()
+    return NICE.from_spec(flow.spec, parameters, after, flow.info, context=flow.context, backend=flow.backend), z

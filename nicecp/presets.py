@@ -12,6 +12,7 @@ from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
 from nicecp.partition import MAX_COLUMNS, random_order
 from nicecp.preset_table import RANGE, choose
+from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
 from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
@@ -52,18 +53,20 @@ class Settings:
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
+    logit: float | None = None  # the margin of a logit step
+    network: str = MLP  # or one of nicecp.registry
     activations: str = "store"
     transform: str = NONE  # of single float columns: nicecp.transform_spec
     precision: str = "full"  # nicecp.kernels.PRECISIONS
     device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
 
-    def model_spec(self, n_features: int) -> ModelSpec:
-        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
+    def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
+        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling, self.network)
         partition, order = self.partition, self.order
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
         form = partition, order
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, 0, self.precision, *form)
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, self.precision, *form)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -142,8 +145,15 @@ def resolve(
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)}")
     values = {name: value for name, value in given.items() if value is not None}
-    if not eight_bit and "value_range" in values:
-        raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if not eight_bit and "value_range" in values and "logit" not in values:
+        problem = (
+            "a value range (--range) is for 8-bit data, or for floats with a logit (--logit), and these are floats"
+        )
+        raise ValueError(f"{problem}: leave it out")
+    if not eight_bit and "logit" in values and "value_range" not in values:
+        raise ValueError("a logit of floats needs the interval in which they lie (--range LO,HI, value_range=)")
+    if eight_bit and values.get("logit") == 0:
+        raise ValueError("logit must be above 0 for 8-bit data, in which the ends of their range occur")
     if eight_bit and values.get("transform", NONE) != NONE:
         raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
@@ -198,19 +208,25 @@ def check(settings: Settings) -> None:
         raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
     if settings.init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {settings.init!r}")
-    if not settings.coupling or any(law not in LAWS for law in settings.coupling):
+    if not settings.coupling or not all(is_law(law) for law in settings.coupling):
         raise ValueError(f"the coupling's laws must be of {', '.join(LAWS)}, got {_shown(settings.coupling)}")
     if any(size < 1 for size in settings.hidden):
         raise ValueError(f"hidden sizes must be at least 1, got {settings.hidden}")
     each = settings.hidden_by_coupling
     if each is not None and (len(each) != settings.couplings or any(size < 1 for sizes in each for size in sizes)):
         raise ValueError(f"hidden_by_coupling must be {settings.couplings} lists of sizes of at least 1, got {each}")
+    if not is_network(settings.network):
+        raise ValueError(f"network must be {MLP} or a registered one, got {settings.network!r}")
     if settings.partition not in (*PARTITIONS, "random"):
         raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, 'random'))}, got {settings.partition!r}")
     if (settings.order is None) == (settings.partition == "permutation"):
         raise ValueError(f"an order belongs to the partition 'permutation' and to no other, got {settings.partition!r}")
     if settings.order is not None and len(settings.order) > MAX_COLUMNS:
         raise ValueError(f"an order may have at most {MAX_COLUMNS} columns, got {len(settings.order)}")
+    if settings.logit is not None and not 0 <= settings.logit < 0.5:
+        raise ValueError(f"logit must be a margin of at least 0 and below 0.5, got {settings.logit}")
+    if settings.logit is not None and settings.whiten == "approximate":
+        raise ValueError("whiten must be zca or gaussian behind a logit, whose closed form approximate would learn")
     if settings.whiten not in KINDS:
         raise ValueError(f"whiten must be one of {', '.join(KINDS)}, got {settings.whiten!r}")
     if not 0 <= settings.regularization < float("inf"):

@@ -44,14 +44,20 @@ def look(path: str, dataset: str | None) -> None:
         return
     from nicecp.datasets import candidates, locate
     from nicecp.hdf5_data import HDF5Source
+    from nicecp.table_files import CompoundSource, columns_below
 
     with contextlib.suppress(NicecpError):
         candidates(path)
-    roles, test = locate(path, dataset)
-    for name in dict.fromkeys([*roles.values(), test]):
-        with contextlib.suppress(NicecpError), HDF5Source(path, name, beside=True) as source:
-            source.read(0, 1)
-            source.read(source.n_rows - 1, source.n_rows)
+    found = [] if dataset is None else [dataset]
+    with contextlib.suppress(NicecpError):
+        roles, test = locate(path, dataset)
+        found = [*roles.values(), test]
+    columns = [column for place in found or ["/"] for column in columns_below(path, place)]
+    for name in dict.fromkeys([*found, *columns]):
+        for open_one in (CompoundSource, lambda path, name: HDF5Source(path, name, beside=True)):
+            with contextlib.suppress(NicecpError), contextlib.closing(open_one(path, name)) as source:
+                source.read(0, 1)
+                source.read(source.n_rows - 1, source.n_rows)
 
 
 def _limit(kind: int, value: int) -> None:

@@ -19,6 +19,7 @@ from nicecp.errors import CheckpointError, about_file
 from nicecp.kernels import PRECISIONS
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
+from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, CouplingSpec, ModelSpec
 from nicecp.store import Attribute, Tree, newer, strings
 from nicecp.transforms import COLUMN_KINDS, INTEGERS, SHAPES, column_step
@@ -41,6 +42,7 @@ _STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
     "standardize": ({}, {"mean": 1, "std": 1}),
     "zca": ({"regularization": float}, {"mean": 1, "eigenvalues": 1, "eigenvectors": 2}),
     "triangular": ({}, {"lower": 2, "bias": 1}),
+    "margin-logit": ({"margin": float}, {"low": 1, "high": 1}),
 }
 
 
@@ -207,6 +209,9 @@ def model_tree(
             "conditions_on": int(coupling.conditions_on),
             "transforms": int(coupling.transforms),
         }
+        if coupling.network != MLP:
+            tree.attrs[f"/model/couplings/{k}"]["network"] = coupling.network
+            tree.arrays[f"/model/couplings/{k}/hidden"] = np.array(coupling.hidden, np.int64)
     tree.attrs["/preprocessing"] = {}
     for number, step in enumerate(preprocessing):
         group = f"/preprocessing/{number}"
@@ -274,19 +279,34 @@ def _read_spec(reader: Reader) -> ModelSpec:
     couplings = []
     for k in range(n_couplings):
         group = f"/model/couplings/{k}"
-        law = reader.text(group, "law")
+        law, network = reader.text(group, "law"), MLP
+        if "network" in reader.attr_names(group):
+            network = reader.text(group, "network")
+        _refuse_unregistered(reader, group, law, network)
         parts = [reader.integer(group, key, 0, 1) for key in ("conditions_on", "transforms")]
-        n_layers = reader.members(f"{group}/layers")
-        if not 1 <= n_layers <= MAX_LAYERS:
-            raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
-        hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
-        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden))
+        if network == MLP:
+            n_layers = reader.members(f"{group}/layers")
+            if not 1 <= n_layers <= MAX_LAYERS:
+                raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
+            hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
+        else:
+            hidden = tuple(reader.array(f"{group}/hidden", "int64", (None,)).tolist())
+        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden, network))
     order = None
     if partition == "permutation":
         order = tuple(reader.array("/model/order", "int64", (n_features,)).tolist())
     arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition, order)
     spec: ModelSpec = _built(reader, "/model", ModelSpec, *arguments)
     return spec
+
+
+def _refuse_unregistered(reader: Reader, group: str, law: str, network: str) -> None:
+    """A file names what its user registered; it holds no code, and nothing is imported for it."""
+    for what, name, known in (("coupling", law, is_law(law)), ("network", network, is_network(network))):
+        if not known:
+            problem = f"{group}: the {what} {name[:64]!r} is not registered"
+            remedy = f"call nicecp.register_{what}({name[:64]!r}, ...) before loading"
+            raise CheckpointError(about_file(reader.name, problem, remedy))
 
 
 def _built(reader: Reader, where: str, make: Any, *arguments: Any) -> Any:

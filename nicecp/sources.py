@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,8 +69,23 @@ def column_label(column: int, columns: Sequence[str] | None) -> str:
     return f"{column} ({columns[column]!r})" if columns is not None else str(column)
 
 
+_finite_only: ContextVar[bool] = ContextVar("finite_only", default=True)
+
+
+@contextlib.contextmanager
+def as_they_are() -> Iterator[None]:
+    """Within it sources hand on NaN and infinity, which they otherwise refuse: for those who know what they mean."""
+    token = _finite_only.set(False)
+    try:
+        yield
+    finally:
+        _finite_only.reset(token)
+
+
 def check_finite(block: NDArray[Any], first_row: int, name: str, columns: Sequence[str] | None) -> None:
     """block : (n, d) floats; DataError with the first row and column that hold NaN or infinity."""
+    if not _finite_only.get():
+        return
     step = max(1, _CHECK_ELEMENTS // max(1, block.shape[1]))
     for start in range(0, len(block), step):
         finite = np.isfinite(block[start : start + step])
@@ -145,7 +162,7 @@ class ArraySource:
             raise TypeError(f"{name}: expected integers or floats, got an array of {values.dtype}")
         if values.ndim < 2:
             raise DataError(about_file(name, f"expected rows of columns, got shape {values.shape}", "pass (n, d)"))
-        n = len(values)
+        n, self._shape = len(values), values.shape
         shape = as_image_shape(values.shape[1:], int(np.prod(values.shape[1:]))) if values.ndim > 2 else None
         values = values.reshape(n, -1) if n else values.reshape(0, int(np.prod(values.shape[1:])))
         check_size(name, n, values.shape[1])
@@ -169,6 +186,11 @@ class ArraySource:
     @property
     def n_rows(self) -> int:
         return int(self._values.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that was given."""
+        return self._shape
 
     @property
     def n_features(self) -> int:

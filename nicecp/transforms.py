@@ -239,7 +239,7 @@ class Student(ColumnStep):
         self._refuse_unless((self.freedom > 0) & (self.scale > 0), "freedom and scale must be positive")
 
     @cached_property
-    def _log_norm(self) -> FloatArray:
+    def log_norm(self) -> FloatArray:
         """log of the density's factor: f(t) = exp(log_norm) (1 + t^2 / nu)^(-(nu + 1) / 2)."""
         from scipy.special import gammaln
 
@@ -247,10 +247,10 @@ class Student(ColumnStep):
         return np.asarray(gammaln(0.5 * (nu + 1.0)) - gammaln(0.5 * nu) - 0.5 * np.log(np.pi * nu))
 
     @cached_property
-    def _log_tail(self) -> FloatArray:
+    def log_tail(self) -> FloatArray:
         """F(-t) = exp(log_tail) t^-nu for large t."""
         nu = self.freedom
-        return np.asarray(self._log_norm + 0.5 * (nu - 1.0) * np.log(nu))
+        return np.asarray(self.log_norm + 0.5 * (nu - 1.0) * np.log(nu))
 
     def _map(self, x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         from scipy.special import ndtri, ndtri_exp, stdtr
@@ -261,9 +261,9 @@ class Student(ColumnStep):
         far = tail < _UNDERFLOW
         z = -ndtri(tail)
         if far.any():
-            z = np.where(far, -ndtri_exp(np.minimum(self._log_tail - nu * np.log(size), 0.0)), z)
+            z = np.where(far, -ndtri_exp(np.minimum(self.log_tail - nu * np.log(size), 0.0)), z)
         z = np.copysign(z, t)
-        log_density = self._log_norm - 0.5 * (nu + 1.0) * np.logaddexp(0.0, 2.0 * np.log(size) - np.log(nu))
+        log_density = self.log_norm - 0.5 * (nu + 1.0) * np.logaddexp(0.0, 2.0 * np.log(size) - np.log(nu))
         log_slope = log_density - np.log(self.scale) + 0.5 * (z * z + _LOG_2PI)
         bend = z * np.exp(log_slope) - (nu + 1.0) / (t + nu / t) / self.scale
         return z, log_slope, np.where(t == 0, 0.0, bend)
@@ -274,7 +274,7 @@ class Student(ColumnStep):
         size = np.abs(z)
         tail = ndtr(-size)
         t = -stdtrit(self.freedom, np.maximum(tail, _UNDERFLOW))
-        t = np.where(tail < _UNDERFLOW, np.exp((self._log_tail - log_ndtr(-size)) / self.freedom), t)
+        t = np.where(tail < _UNDERFLOW, np.exp((self.log_tail - log_ndtr(-size)) / self.freedom), t)
         return np.asarray(self.location + self.scale * np.copysign(np.where(size == 0, 0.0, t), z))
 
 
@@ -299,11 +299,11 @@ class Quantile(ColumnStep):
         lengths = {self.x.shape, self.z.shape, self.slope.shape}
         if (self.counts < 2).any() or lengths != {(total,)}:
             raise ValueError(f"{self.kind}: counts of at least 2 must add up to the number of knots")
-        for knots in self._splines:
+        for knots in self.splines:
             spline.check_knots(knots.x, knots.z, knots.slope, knots.tail)
 
     @cached_property
-    def _splines(self) -> tuple[spline.Knots, ...]:
+    def splines(self) -> tuple[spline.Knots, ...]:
         ends = np.cumsum(self.counts)
         places = [slice(int(end - count), int(end)) for end, count in zip(ends, self.counts, strict=True)]
         each = zip(places, self.tails, strict=True)
@@ -318,12 +318,12 @@ class Quantile(ColumnStep):
 
     def _map(self, x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         out = np.empty((3, *x.shape))
-        for j, knots in enumerate(self._splines):
+        for j, knots in enumerate(self.splines):
             out[0, :, j], out[1, :, j], out[2, :, j] = spline.forward(x[:, j], knots)
         return out[0], out[1], out[2]
 
     def _undo(self, z: FloatArray) -> FloatArray:
-        return np.stack([spline.inverse(z[:, j], knots) for j, knots in enumerate(self._splines)], axis=1)
+        return np.stack([spline.inverse(z[:, j], knots) for j, knots in enumerate(self.splines)], axis=1)
 
 
 COLUMN_KINDS: dict[str, type[ColumnStep]] = {

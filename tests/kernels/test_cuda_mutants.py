@@ -37,6 +37,8 @@ def loss(backend: Any, n: int = 1000) -> None:
 
 
 load = partial(checks.check_load_batch, dtype="float64", data_type=np.uint8, n=33, d=31)
+logit = partial(checks.check_logit, dtype="float64", n=33, k=31, margin=0.05)
+gather = partial(checks.check_gather, out_type="float64", source_type="float32", n=33, k=3)
 dense = partial(checks.check_dense_backward, dtype="float64", relu=True, wanted=(True, True, True))
 bias = partial(checks.check_dense_forward, dtype="float64", n=33, i=5, relu=True)
 scored = partial(checks.check_scale_prior_forward, dtype="float64", n=33, prior="logistic", aliased=False)
@@ -127,6 +129,12 @@ MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
         "const int64 first = 0;", [load]),
     "padding with a weight": ("borders", "source < 0 ? 0.0 : 1.0", "1.0", [load]),
     "the last columns left out": ("borders", "(d - d0 + GROUP - 1) / GROUP", "(d - d0) / GROUP", [load]),
+    "logit of a wider interval": ("borders", "width = 1.0 - 2.0 * margin", "width = 1.0 - margin", [logit]),
+    "logit without its log-det": ("borders", "total -= up + down;", "", [logit]),
+    "gather without the cursor": ("borders", "known ? index[first + at.row] : -1;\n        real value",
+        "known ? index[at.row] : -1;\n        real value", [gather]),
+    "columns from the first on": ("borders", "x[at.row * x_width + x_start", "x[at.row * x_width",
+        [partial(checks.check_copy_columns, dtype="float64", n=33, widths=(7, 5), starts=(2, 1), count=4)]),
     "join where split was": ("borders", "x[at.row * d + order[at.column]] = first", "x[at.row * d + at.column] = first",
         [partial(checks.check_split_join, dtype="float64", n=33, d=31)]),
     "uniforms with a bit too many": ("random", "half_word(words, c) * 0x1p-16", "(half_word(words, c) | 1) * 0x1p-16",

@@ -121,6 +121,19 @@ def test_check_gradients_passes_every_partition(dtype: str, partition: str | tup
     assert report.log_det_error < 1e-8
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_check_gradients_passes_flows_with_a_context(dtype: str) -> None:
+    flow = NICE(4, hidden=(6, 4), n_couplings=3, dtype=dtype, coupling="affine", n_context=2, seed=3)
+    x = np.random.default_rng(0).normal(size=(4, 4))
+    for context in (None, [0.5, -2.0]):
+        report = check_gradients(flow, x, context)
+        assert 0 < report.error <= 0.5
+        assert report.log_det_error < 1e-8
+    assert check_gradients(flow, x, [0.5, -2.0]) != check_gradients(flow, x, [0.5, 2.0])
+    with pytest.raises(ValueError, match="context"):
+        check_gradients(NICE(4, hidden=(6, 4), n_couplings=3), x, [0.5])
+
+
 def test_the_example_in_the_docstring() -> None:
     outcome = doctest.testmod(testing)
     assert outcome.attempted > 3

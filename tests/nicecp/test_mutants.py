@@ -17,6 +17,7 @@ from nicecp.coupling import Buffers
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.preprocessing import Standardize
+from nicecp.spec import ModelSpec, alternating
 from nicecp.testing import check_gradients
 from tests import gates, oracle
 from tests.mutants import (
@@ -91,6 +92,23 @@ def test_a_spoiled_gradient_is_refused(good: tuple[NICE, Any], gate: str, spoil:
     flow, x = good
     with pytest.raises(AssertionError, match=rf"\b{name}\b"):
         GRADIENT_GATES[gate](rebuilt(spoiled(name, SPOIL[spoil]), flow), x[:3])
+
+
+def test_a_gradient_that_is_wrong_with_a_context_alone_is_refused(one_backend: Backend) -> None:
+    """Rows of the first weights that read the context, of which flows without one have none."""
+    flow = NICE.from_spec(ModelSpec(4, alternating((3,), 3), n_context=2), seed=1, backend=one_backend)
+    name, x = "couplings/1/layers/0/weight", np.random.default_rng(0).normal(size=(3, 4))
+
+    class Forgets(NICE):
+        def loss_and_gradients(self, x: Any, *context: Any) -> Any:  # type: ignore[override]
+            loss, gradients = super().loss_and_gradients(x, *context)
+            gradients[name][2:] = 0
+            return loss, gradients
+
+    check_gradients(flow, x)
+    wrong = Forgets.from_spec(flow.spec, flow.parameters(), context=flow.context, backend=one_backend)
+    with pytest.raises(AssertionError, match=rf"gradient by {name}\b"):
+        check_gradients(wrong, x)
 
 
 @pytest.mark.parametrize("gate", list(GRADIENT_GATES))
@@ -291,10 +309,10 @@ def test_a_log_scale_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch, on
 def test_skipped_couplings_are_refused(good: tuple[NICE, Any], coupling: int) -> None:
     flow, x = rebuilt(NICE, good[0], Mutant(good[0].backend)), good[1]  # recorded passes would not notice
 
-    def skip_forward(backend: Backend, at: Buffers, layers: Any) -> None:
+    def skip_forward(backend: Backend, at: Buffers, layers: Any, own: Any) -> None:
         at.y[...] = at.x
 
-    def skip_inverse(backend: Backend, at: Buffers, layers: Any) -> None:
+    def skip_inverse(backend: Backend, at: Buffers, layers: Any, own: Any) -> None:
         at.x[...] = at.y
 
     flow.network.couplings[coupling].inverse = skip_inverse  # type: ignore[method-assign]
