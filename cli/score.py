@@ -83,6 +83,7 @@ def score(
     weights: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Write the log-density of every row of the data under CHECKPOINT's flow.
@@ -102,13 +103,13 @@ def score(
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
-            progress=progress,
+            precision=precision, progress=progress,
         )  # fmt: skip
     figures: list[str] = []
     if plot is not None:
         from nicecp.score_plots import plot_scores
 
-        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
+        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads, precision)
     if as_json:
         numbers = {"mean": scored.mean, "standard_error": scored.standard_error, "minimum": scored.minimum}
         counts = {"rows": scored.rows, "nan": scored.nan, "outside": scored.outside}

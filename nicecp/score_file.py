@@ -125,6 +125,7 @@ def score_file(
     overwrite: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Scored:
     """Write the log-densities of a data set's rows under a checkpoint's flow, in the order of the rows.
@@ -155,7 +156,7 @@ def score_file(
 
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     source = open_source(as_recorded(data, record), "test")
     try:
