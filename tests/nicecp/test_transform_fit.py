@@ -28,7 +28,7 @@ def table(n: int = 3000, seed: int = 0) -> np.ndarray:
     """Columns: normal, log-normal, an angle that avoids +-pi, heavy tails, a fraction, and few digits with an atom."""
     r = np.random.default_rng(seed)
     coarse = np.round(r.normal(size=n), 2)
-    coarse[r.random(n) < 0.02] = 0.0
+    coarse[r.random(n) < 0.06] = 0.0
     return np.stack(
         [
             r.normal(size=n),
