@@ -21,4 +21,5 @@ type:
 bench:
 	$(PYTHON) benchmarks/train_cpu.py --case mnist
 	$(PYTHON) benchmarks/train_cpu.py --case small
+	$(PYTHON) benchmarks/latency.py
 	$(PYTHON) benchmarks/startup.py

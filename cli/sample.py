@@ -63,5 +63,5 @@ def sample(
     """
     from nicecp.samples import write_samples
 
-    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, device, threads, precision, context)
+    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, device, threads, context, precision)
     click.echo(f"{out}: {written.rows:,} samples of {written.features} features, seed {written.seed}")

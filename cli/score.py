@@ -18,6 +18,7 @@ from nicecp.describe import plain
 EXAMPLES = """\
   nicecp score run.h5 --data table.h5 --out scores.h5
   nicecp score run.h5 --data events.h5:/run7/muons --out scores.h5 --plot figures
+  nicecp score run.h5 --data chain.h5:/posterior --weights weight --out scores.h5 --plot fit.pdf
   nicecp score mnist-run.h5 --data mnist.h5 --draws 16 --out scores.h5
 """
 
@@ -55,9 +56,10 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of the noise of 8-bit data: the logarithm of the densities' mean over so many draws is written.",
+    help="Of the noise of 8-bit data and of columns recorded to a few digits: what is written is the logarithm of the "
+    "densities' mean over so many draws.",
 )
-@click.option("--seed", type=SEED, show_default="the run's", help="Of the noise of 8-bit data, and of the figures.")
+@click.option("--seed", type=SEED, show_default="the run's", help="Of that noise, and of the figures.")
 @click.option(
     "--plot",
     type=data_name,
@@ -81,13 +83,14 @@ def score(
     weights: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Write the log-density of every row of the data under CHECKPOINT's flow.
 
     FILE.h5 gets the dataset log_prob (rows) in nats, in the data's space and in the rows' order: NaN for rows with NaN,
-    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
-    weights count alike in the mean that is printed; --plot draws them by their weights.
+    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. The mean that
+    is printed counts rows by their weights, if they have any.
     """
     from nicecp.data_spec import DataSpec
     from nicecp.score_file import score_file
@@ -100,13 +103,13 @@ def score(
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
-            progress=progress,
+            precision=precision, progress=progress,
         )  # fmt: skip
     figures: list[str] = []
     if plot is not None:
         from nicecp.score_plots import plot_scores
 
-        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
+        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads, precision)
     if as_json:
         numbers = {"mean": scored.mean, "standard_error": scored.standard_error, "minimum": scored.minimum}
         counts = {"rows": scored.rows, "nan": scored.nan, "outside": scored.outside}
