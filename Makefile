@@ -1,12 +1,15 @@
 PYTHON ?= python3
 
-.PHONY: test test-slow lint type bench
+.PHONY: test test-slow test-gpu lint type bench
 
 test:
 	$(PYTHON) -m pytest
 
 test-slow:
 	$(PYTHON) -m pytest -m "slow and not gpu"
+
+test-gpu:
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m gpu
 
 lint:
 	$(PYTHON) -m ruff check .

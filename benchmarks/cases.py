@@ -32,6 +32,7 @@ class Case:
     gate_steps: int
     couplings: int = 4
     dtype: str = "float32"
+    file: str = ""  # whose dataset train are the rows, instead of drawn ones
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -43,6 +44,11 @@ class Case:
 
     def data(self) -> NDArray[Any]:
         """(rows, features): uint8, four in five pixels black, or floats whose columns have mean 0, deviation 1."""
+        if self.file:
+            import h5py
+
+            with h5py.File(self.file) as file:
+                return np.asarray(file["train"][: self.rows]).reshape(-1, self.features)
         random = np.random.default_rng(SEED)
         if self.image8:
             pixels = random.integers(0, 256, (self.rows, self.features), dtype=np.uint8)

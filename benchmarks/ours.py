@@ -33,27 +33,32 @@ PARTS = {  # part of the step -> its calls on the tape
 }
 
 
+def make_trainer(case: Case, device: str, threads: int, precision: str = "full") -> Trainer:
+    """The trainer of a case with its data, initial weights and optimiser, on a device."""
+    data = case.data()
+    d = case.features
+    flow = nicecp.NICE(
+        d, case.hidden, case.couplings, "logistic", case.dtype, SEED,
+        preprocessing=(Dequantize() if case.image8 else Standardize(np.zeros(d), np.ones(d)),),
+        precision=precision, device=device, threads=threads,
+    )  # fmt: skip
+    named: dict[str, NDArray[Any]] = {"scaling/log_scale": np.zeros(d)}
+    for k, layers in enumerate(case.weights()):
+        for j, (weight, bias) in enumerate(layers):
+            named[f"couplings/{k}/layers/{j}/weight"] = weight
+            named[f"couplings/{k}/layers/{j}/bias"] = bias
+    flow.set_parameters(named)
+    split = Split.contiguous(ArraySource(data), 0, len(data), Purpose.TRAIN_NOISE)
+    optimizer = AdaM(rate=RATE, momentum=BETA1, beta2=1.0 - BETA2, epsilon=EPSILON)
+    return Trainer(flow, split, None, TrainConfig(batch_size=case.batch, optimizer=optimizer, seed=SEED))
+
+
 class Ours:
     """A contestant (benchmarks/peers.py)."""
 
     def __init__(self, case: Case, threads: int) -> None:
         self.case, self.threads = case, threads
-        data = case.data()
-        d = case.features
-        flow = nicecp.NICE(
-            d, case.hidden, case.couplings, "logistic", case.dtype, SEED,
-            preprocessing=(Dequantize() if case.image8 else Standardize(np.zeros(d), np.ones(d)),),
-            device="cpu", threads=threads,
-        )  # fmt: skip
-        named: dict[str, NDArray[Any]] = {"scaling/log_scale": np.zeros(d)}
-        for k, layers in enumerate(case.weights()):
-            for j, (weight, bias) in enumerate(layers):
-                named[f"couplings/{k}/layers/{j}/weight"] = weight
-                named[f"couplings/{k}/layers/{j}/bias"] = bias
-        flow.set_parameters(named)
-        split = Split.contiguous(ArraySource(data), 0, len(data), Purpose.TRAIN_NOISE)
-        optimizer = AdaM(rate=RATE, momentum=BETA1, beta2=1.0 - BETA2, epsilon=EPSILON)
-        self.trainer = Trainer(flow, split, None, TrainConfig(batch_size=case.batch, optimizer=optimizer, seed=SEED))
+        self.trainer = make_trainer(case, "cpu", threads)
 
     def first_steps(self, steps: int) -> dict[str, Any]:
         """The first steps of all: losses, and the rows, seed and epoch that others need to repeat them."""

@@ -29,6 +29,7 @@ COMMANDS = {
     "inpaint": ("nicecp.cli.inpaint", "inpaint", "Fill in hidden pixels of images."),
     "plot": ("nicecp.cli.plot", "plot", "Figures: samples, spectrum, manifold, curve."),
     "info": ("nicecp.cli.info", "info", "What a checkpoint or a data file holds."),
+    "doctor": ("nicecp.cli.doctor", "doctor", "What this machine offers, and whether it computes rightly."),
     "data": ("nicecp.cli.data", "data", "Convert data to the HDF5 files that training reads."),
 }
 EXAMPLES = """\b
@@ -111,7 +112,7 @@ def _report(error: Exception) -> int:
         return fail(f"{_sentence(error.format_message())} (see {where} --help)")
     if isinstance(error, click.ClickException):
         return fail(error.format_message())
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) and not isinstance(error, NicecpError):
         return fail(f"not enough memory ({error}); use smaller settings" if str(error) else "not enough memory")
     if isinstance(error, OSError):
         if _on_stdout(error):

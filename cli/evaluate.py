@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, row_options
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -44,6 +44,7 @@ EXAMPLES = """\
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
 @beside_options("where the run had it; none: without")
+@row_options
 @machine_options
 @json_option
 def evaluate(
@@ -56,24 +57,26 @@ def evaluate(
     weights: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
+    **used: str | None,
 ) -> None:
     """Mean log-likelihood of CHECKPOINT's flow on data.
 
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
-    from nicecp.beside import DataSpec
     from nicecp.cli.training import evaluation_json, evaluation_text
+    from nicecp.data_spec import spec_of
     from nicecp.scoring import score
 
-    spec = data if context is None and weights is None else DataSpec(data, context, weights)
-    result = score(checkpoint, spec, split, seed, device, threads)
+    spec = spec_of(data, context=context, weights=weights, **used)
+    result = score(checkpoint, spec, split, seed, device, threads, precision)
     others = []
     if comparing:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, spec, split, seed, device, threads)
+        others = compare(checkpoint, spec, split, seed, device, threads, precision)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

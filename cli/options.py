@@ -55,6 +55,15 @@ def interval(text: str) -> tuple[float, int | None]:
     return seconds, None
 
 
+def byte_size(text: str) -> int:
+    """Bytes of '8GiB', '500MB' or '2000000'."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")) if found else 0
+    if not 0 < size < 2**50:
+        raise click.BadParameter(f"{text!r} is not a size such as 8GiB or 500MB")
+    return size
+
+
 def value_range(text: str) -> tuple[float, float]:
     """Two numbers 'LO,HI'."""
     try:
@@ -133,6 +142,18 @@ def beside_options(default: str) -> Callable[[F], F]:
     return wrap
 
 
+def row_options(function: F) -> F:
+    """--columns, --select, --burn and --thin: which of the rows and columns of --data are used."""
+    for name, metavar, text in (
+        ("--thin", "N", "Keep every N-th step of chains."),
+        ("--burn", "N", "Leave out the first N steps of Markov chains stored as (steps, walkers, columns)."),
+        ("--select", "A:B", "Use these rows of the training (or named) dataset only, counted from 0, B not included."),
+        ("--columns", "A,B,...", "Use these columns, by name or number, in this order."),
+    ):
+        function = click.option(name, type=data_name, metavar=metavar, show_default="all", help=text)(function)
+    return function
+
+
 def fixed_context_option(function: F) -> F:
     """--context: one for everything that is drawn."""
     return click.option(
@@ -141,7 +162,7 @@ def fixed_context_option(function: F) -> F:
 
 
 def machine_options(function: F) -> F:
-    """--device and --threads."""
+    """--device, --precision and --threads."""
     threads = click.option(
         "--threads",
         type=click.IntRange(1, 1024),
@@ -153,9 +174,15 @@ def machine_options(function: F) -> F:
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where to compute.",
+        help="Where to compute; auto is the GPU where one can be used (nicecp doctor), else the CPU.",
     )
-    return device(threads(function))
+    precision = click.option(
+        "--precision",
+        type=click.Choice(["full", "tf32"]),
+        show_default="full, or the checkpoint's",
+        help="Of float32 matrix products on a GPU; tf32 is faster and rounds their factors to 10 bits.",
+    )
+    return device(precision(threads(function)))
 
 
 def command(name: str, examples: str) -> Callable[[F], click.Command]:

@@ -54,6 +54,7 @@ def sample(
     columns_of_grid: int | None,
     device: str,
     threads: int | None,
+    precision: str | None,
 ) -> None:
     """Draw exact samples from CHECKPOINT's flow.
 
@@ -62,5 +63,5 @@ def sample(
     """
     from nicecp.samples import write_samples
 
-    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, device, threads, context)
+    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, device, threads, precision, context)
     click.echo(f"{out}: {written.rows:,} samples of {written.features} features, seed {written.seed}")

@@ -11,6 +11,7 @@ from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
     beside_options,
+    byte_size,
     command,
     data_name,
     hidden_sizes,
@@ -18,6 +19,7 @@ from nicecp.cli.options import (
     json_option,
     laws,
     machine_options,
+    row_options,
     value_range,
 )
 from nicecp.cli.stops import describe_stop
@@ -33,6 +35,8 @@ EXAMPLES = """\
   nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
   nicecp train --data table.h5 --transform auto --out table-run.h5
   nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
+  nicecp train --data chain.h5:/mcmc/chain --burn 500 --thin 10 --out posterior.h5
+  nicecp train --data events.h5:/tree/muons --columns pt,eta,phi --select :100000
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   nicecp train --data chain.h5 --weights w --out posterior.h5          (MCMC, nested sampling)
   nicecp train --data table.h5 --context mass,age --out given.h5       (p(other columns | mass, age))
@@ -121,6 +125,18 @@ def _number_options(function: Any) -> Any:
 )
 @_number_options
 @click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine"]),
+    show_default=PRESET,
+    help="Of the learning rate over the epochs: cosine falls to almost 0.",
+)
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(0),
+    show_default=PRESET,
+    help="After each update the networks' weights are multiplied by 1 - rate times this.",
+)
+@click.option(
     "--patience",
     type=click.IntRange(1, 2**31 - 1),
     show_default=PRESET,
@@ -189,7 +205,15 @@ def _number_options(function: Any) -> Any:
     "with depth; checked every epoch.",
 )
 @beside_options("none")
+@row_options
 @machine_options
+@click.option(
+    "--device-memory-limit",
+    type=byte_size,
+    metavar="SIZE",
+    show_default="all there is",
+    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+)
 @click.option(
     "--checkpoint-every",
     type=interval,
@@ -246,6 +270,7 @@ def train(
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
         raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
+    rows = {name: given.pop(name) for name in ("columns", "select", "burn", "thin")}
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
@@ -263,14 +288,14 @@ def train(
     }
     run: Run | None = None
     try:
-        from nicecp.beside import DataSpec
         from nicecp.cli import training
+        from nicecp.data_spec import spec_of
         from nicecp.partition import order_from_file
         from nicecp.run import Run
 
         if partition_file is not None:
             settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
-        spec: Any = data if context is None and weights is None else DataSpec(data, context, weights)
+        spec = spec_of(data, context=context, weights=weights, **rows)
         if resume is not None:
             run = Run.resume(resume, data=spec, allow_changed_data=allow_changed_data, **settings)
         else:
@@ -304,7 +329,11 @@ _NAMES = (
     "dtype",
     "preset",
     "optimizer",
+    "precision",
+    "device_memory_limit",
     "partition",
+    "schedule",
+    "weight_decay",
 )
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {

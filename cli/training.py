@@ -9,9 +9,9 @@ import signal
 from dataclasses import asdict
 from typing import Any
 
-from nicecp.beside import plain_data
 from nicecp.cli.console import Output, clock, note, plural, table
 from nicecp.cli.progress import Display
+from nicecp.data_spec import plain_data
 from nicecp.describe import model_line, plain, source_line, splits_line
 from nicecp.evaluate import Evaluation
 from nicecp.machine import as_bytes, blas_version

@@ -21,12 +21,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nicecp.errors import DeviceError
+from nicecp.kernels.state import Purpose as Purpose  # part of the contract
+from nicecp.kernels.state import Slot as Slot
 
 Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels check shapes where they are called
 
@@ -35,48 +39,19 @@ ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a
 
 Ready: TypeAlias = Callable[[int, int], None]
 
-
-class Slot:
-    """Slots of the float64 state array.
-
-    STEP..LOSS_RING change during training; the hyper-parameters are written once by the host and read by ``update``.
-    """
-
-    STEP = 0  # completed optimiser updates (skipped steps do not count)
-    EPOCH = 1  # epoch number, from 1; the third counter word of dequantization noise
-    CURSOR = 2  # batches of the current window of rows already presented
-    RATE = 3  # learning rate of the next update
-    LOSS = 4  # weighted mean negative log-likelihood of the last batch (nats), in the flow's input space
-    LOG_PROB_SUM = 5  # sum of weight * log_prob since the host last cleared it
-    WEIGHT_SUM = 6  # sum of weights since the host last cleared it
-    SKIP = 7  # 1 while the current step's loss is not finite: update leaves the parameters alone
-    SKIPPED = 8  # steps skipped so far
-    RATE_DECAY = 9  # the rate is divided by this after every update ...
-    RATE_FLOOR = 10  # ... but does not fall below this
-    MOMENTUM = 11  # AdaM: 1 - beta1 of the paper; RMSProp: the velocity's momentum now
-    SQUARE_DECAY = 12  # AdaM: 1 - beta2 of the paper (0.99); RMSProp: averaging coefficient (0.95)
-    LAMBDA = 13  # AdaM: decay of the first-moment coefficient
-    EPSILON = 14  # AdaM: added to sqrt(vh); RMSProp: the floor of the root mean square
-    BAD_GRADIENT = 15  # 1 once an update of the current step met a gradient that is not finite
-    LOSS_RING = 32  # losses of the last RING_SIZE steps, at LOSS_RING + cursor % RING_SIZE
-    RING_SIZE = 32
-    SIZE = 64
+_PIECE = 2**24  # numbers that are looked at by one call
 
 
-class Purpose:
-    """What random numbers are for (8 bits): different purposes never share a counter."""
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
-    TRAIN_NOISE = 0
-    VALID_NOISE = 1
-    TEST_NOISE = 2
-    INIT = 3
-    SAMPLE = 4
-    SHUFFLE = 5
-    SPLIT = 6
-    DEMO = 7
-    CHECK = 8
-    INPAINT = 9
-    PARTITION = 10
+
+@dataclass(frozen=True)
+class Upload:
+    """ready(): calls from now on see the data. done(): waits, on the host, until the source is free."""
+
+    ready: Callable[[], None]
+    done: Callable[[], None]
 
 
 PRIORS = {"gaussian": 0, "logistic": 1}
@@ -107,6 +82,56 @@ class Backend(ABC):
     @abstractmethod
     def copy_out(self, src: Array) -> NDArray[Any]:
         """A new host array with the device array's content."""
+
+    def assign(self, dst: Array, src: Array) -> None:
+        """dst = src, device arrays of one shape and dtype, in the order of the calls."""
+        with self.arithmetic():
+            dst[...] = src
+
+    @property
+    def xp(self) -> Any:
+        """The array library whose arrays these are: NumPy, or CuPy. Use it inside ``arithmetic`` alone."""
+        return np
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """What the array library itself computes inside stands in the order of the calls."""
+        return nullcontext()
+
+    def is_finite(self, array: Array) -> bool:
+        """Whether all numbers are; waits for the device. Looks at pieces, so that it needs little memory."""
+        flat = array.reshape(-1)
+        with self.arithmetic():
+            return all(
+                bool(self.xp.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, flat.size, _PIECE)
+            )
+
+    def owns(self, x: object) -> bool:
+        """Whether x is an array in this device's own memory, which the host cannot read."""
+        return False
+
+    def borrow(self, x: Any) -> Array:
+        """The array that ``owns`` said yes to, as one of ours, in the order of the calls; nothing is copied."""
+        raise ValueError("this device computes in the host's memory")
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        """An uninitialised array that a caller will get, once ``hand_over`` was called."""
+        return self.alloc(shape, dtype)
+
+    def hand_over(self) -> None:
+        """What the caller launches from now on, on a stream of his own, comes after all our calls."""
+        self.synchronize()
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised host array that ``upload`` is fastest from."""
+        return np.empty(shape, dtype)
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> Upload:
+        """Begin dst = src (``pinned``), of one shape and dtype, behind all calls so far and beside those that follow.
+
+        Before dst is read, ``ready()`` of what is returned; before src is changed, ``done()``, from any thread.
+        """
+        self.copy_in(dst, src)
+        return Upload(_nothing, _nothing)
 
     @abstractmethod
     def computing(self) -> AbstractContextManager[None]:

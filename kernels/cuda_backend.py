@@ -9,6 +9,9 @@ import numpy as np
 from nicecp.kernels.backend import Array, Ready, Slot
 from nicecp.kernels.cuda_borders import CudaBorders
 from nicecp.kernels.cuda_calls import (
+    GRADIENTS,
+    MAIN,
+    UPDATES,
     BiasBackward,
     BiasForward,
     Coefficients,
@@ -70,10 +73,11 @@ class CudaBackend(CudaBorders):
                                                                    ("db", db, (o,))) if array is not None}  # fmt: skip
         check(dy.dtype, dy=(dy, (n, o)), y=(y, (n, o)), x=(x, (n, i)), w=(w, (i, o)), **outputs)
         if relu or db is not None:
-            self._do(BiasBackward(dy=dy, db=db, y=y, relu=relu))
+            # Without a mask nobody but the update waits for it.
+            self._do(BiasBackward(dy=dy, db=db, y=y, relu=relu, lane=MAIN if relu else GRADIENTS))
         # The weight gradient needs dy alone: it runs beside dx, which the layers below wait for.
         if dw is not None:
-            self._do(Product(out=dw, a=x, b=dy, transpose_a=True, side=True))
+            self._do(Product(out=dw, a=x, b=dy, transpose_a=True, lane=GRADIENTS))
         if dx is not None:
             self._do(Product(out=dx, a=dy, b=w, transpose_b=True))
         if ready is not None and dw is not None:
@@ -176,8 +180,8 @@ class CudaBackend(CudaBorders):
         if not 0 <= offset <= p.size - size:
             raise ValueError(f"elements {offset} to {offset + size} of {p.size}")
         buffers: dict[str, Any] = {"p": p, "g": g, "m": m, "v": v, "state": state, "optimizer": optimizer}
-        shared: dict[str, Any] = {"coefficients": self._coefficients, "offset": offset, "size": size, "side": True}
-        first = Coefficients(out=self._coefficients, state=state, optimizer=optimizer, side=True)
+        shared: dict[str, Any] = {"coefficients": self._coefficients, "offset": offset, "size": size, "lane": UPDATES}
+        first = Coefficients(out=self._coefficients, state=state, optimizer=optimizer, lane=UPDATES)
         self._do(first, Update(**buffers, **shared))
 
     def advance(self, state: Array) -> None:

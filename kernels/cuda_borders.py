@@ -10,6 +10,7 @@ from nicecp.kernels.cuda_device import CudaDevice, check
 from nicecp.kernels.cuda_driver import Driver
 
 _LOADS = {"uint8": "load_bytes", "float32": "load_floats", "float64": "load_doubles"}
+KEPT_ORDERS = 64  # a flow has one
 _GATHERS = {"float32": "gather_floats", "float64": "gather_doubles"}
 
 
@@ -18,7 +19,7 @@ class CudaBorders(CudaDevice):
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
-        self._orders: dict[int, Array] = {}
+        self._orders: dict[tuple[int, int], Array] = {}  # by address, which is taken as long as they are kept
 
     def load_batch(
         self,
@@ -28,6 +29,7 @@ class CudaBorders(CudaDevice):
         data: Array,
         index: Array,
         rows: Array,
+        order: Array,
         shift: Array,
         scale: Array,
         state: Array,
@@ -40,32 +42,48 @@ class CudaBorders(CudaDevice):
         check(x0.dtype, x0=(x0, (n, d0)), x1=(x1, (n, d - d0)))
         check(np.float64, weight=(weight, (n,)), shift=(shift, (d,)), scale=(scale, (d,)), state=(state, (Slot.SIZE,)))
         check(np.int64, index=(index, (len(index),)), rows=(rows, (len(rows),)))
-        order = self._order(d)
+        self._check_order(order, d)
         numbers = (np.uint64(seed), np.uint32(purpose), np.int64(n), np.int32(d), np.int32(d0))
         reads = (data, index, rows, order, shift, scale, state)
         arguments = (x0, x1, weight, *reads, *numbers, np.int64(m), np.int64(given))
         self._launch(named(_LOADS[str(data.dtype)], x0), -(-n * d // 4), arguments, (x0, x1, weight), reads)
 
-    def split(self, x0: Array, x1: Array, x: Array) -> None:
-        self._reorder("split", x, x0, x1, (x0, x1), (x,))
+    def split(self, x0: Array, x1: Array, x: Array, order: Array) -> None:
+        self._reorder("split", x, x0, x1, order, (x0, x1), (x,))
 
-    def join(self, x: Array, x0: Array, x1: Array) -> None:
-        self._reorder("join", x, x0, x1, (x,), (x0, x1))
+    def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
+        self._reorder("join", x, x0, x1, order, (x,), (x0, x1))
 
     def _reorder(
-        self, kernel: str, x: Array, x0: Array, x1: Array, writes: tuple[Array, ...], reads: tuple[Array, ...]
+        self,
+        kernel: str,
+        x: Array,
+        x0: Array,
+        x1: Array,
+        order: Array,
+        writes: tuple[Array, ...],
+        reads: tuple[Array, ...],
     ) -> None:
         (n, d), d0 = x.shape, x0.shape[1]
         check(x.dtype, x0=(x0, (n, d0)), x1=(x1, (n, d - d0)))
-        order = self._order(d)
+        self._check_order(order, d)
         arguments = (*writes, *reads, order, np.int64(n), np.int32(d), np.int32(d0))
         self._launch(named(kernel, x), n * d, arguments, writes, (*reads, order))
 
-    def _order(self, d: int) -> Array:
-        """(d,) int64: columns of part 0, then those of part 1."""
-        if d not in self._orders:
-            self._orders[d] = self.asarray(np.concatenate([np.arange(0, d, 2), np.arange(1, d, 2)]))
-        return self._orders[d]
+    def _check_order(self, order: Array, d: int) -> None:
+        """ValueError unless it is a permutation: kernels would write beyond their arrays.
+
+        An order never changes, so that one that was seen to be right is kept, and the host waits for the device once.
+        """
+        check(np.int64, order=(order, (d,)))
+        key = self.driver.address(order), d
+        if key in self._orders:
+            return
+        if not np.array_equal(np.sort(self.copy_out(order)), np.arange(d)):
+            raise ValueError(f"order must be a permutation of 0..{d - 1}")
+        if len(self._orders) >= KEPT_ORDERS:
+            self._orders.clear()
+        self._orders[key] = order
 
     def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
         n, m = len(out), len(source)
@@ -84,9 +102,7 @@ class CudaBorders(CudaDevice):
         (n, out_width), x_width = out.shape, x.shape[1]
         check(out.dtype, x=(x, (n, x_width)))
         if not (0 <= out_start <= out_width - count and 0 <= x_start <= x_width - count and count >= 0):
-            raise ValueError(
-                f"columns {x_start} and {out_start}, {count} of them, do not lie in {x.shape}, {out.shape}"
-            )
+            raise ValueError(f"{count} columns from {x_start} and {out_start} are not in {x.shape} and {out.shape}")
         sizes = [np.int32(number) for number in (out_width, out_start, x_width, x_start, count)]
         self._launch(named("copy_columns", out), n * count, (out, x, np.int64(n), *sizes), (out,), (x,))
 

@@ -14,6 +14,7 @@ from nicecp.kernels.backend import Array
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, Dims, Driver, Epilogue, MaskedBiasGradient, ReluBias
 from nicecp.kernels.cuda_source import BIAS_COLUMNS, SUFFIX, THREADS
 
+MAIN, GRADIENTS, UPDATES = 0, 1, 2  # lanes: what others wait for, bound by arithmetic, bound by memory
 ROW_BLOCK = 128  # columns above which a row is summed by a whole block and not by a warp
 
 
@@ -28,9 +29,9 @@ class Launch(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Call:
-    """One launch. side: in a recorded step it may run beside what follows."""
+    """One launch. lane: MAIN, or where in a recorded step it may run beside what follows."""
 
-    side: bool = False
+    lane: int = MAIN
 
     def writes(self) -> list[Array]:
         """Arrays that it writes, without those that stand in for an output nobody wants."""

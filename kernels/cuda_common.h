@@ -13,7 +13,8 @@ typedef unsigned long long uint64;
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define THREADS 256  // of every block
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, 4) PASTE(name, SUFFIX)
+#define RESIDENT (sizeof(real) == 4 ? 4 : 3)  // blocks that a multiprocessor has registers for: 64 or 80 of them a thread
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) PASTE(name, SUFFIX)
 #define INLINE __device__ __forceinline__
 
 // --- memory: 16 bytes at a time where all of it is aligned ----------------------------------------

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nicecp.kernels.backend import Array, Backend
+from nicecp.kernels.backend import Array, Backend, Upload
 from nicecp.kernels.cuda_calls import Call, Launch, Plain, by_row, spread
 from nicecp.kernels.cuda_driver import Driver
 from nicecp.kernels.cuda_plan import Plan
 from nicecp.kernels.cuda_source import THREADS
+
+_DLPACK_CUDA = (2, 13)  # DLDeviceType: kDLCUDA, kDLCUDAManaged
 
 
 class CudaDevice(Backend):
@@ -52,6 +55,47 @@ class CudaDevice(Backend):
 
     def computing(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    @property
+    def xp(self) -> Any:
+        return self.driver.xp
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        with self._lock, self.driver.arithmetic():
+            yield
+
+    def owns(self, x: object) -> bool:
+        where = getattr(x, "__dlpack_device__", None)
+        return where is not None and int(where()[0]) in _DLPACK_CUDA
+
+    def borrow(self, x: Any) -> Array:
+        with self._lock:
+            return self.driver.borrow(x)
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        with self._lock:
+            return self.driver.result(shape, dtype)
+
+    def hand_over(self) -> None:
+        with self._lock:
+            self.driver.hand_over()
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        with self._lock:
+            return self.driver.pinned(shape, dtype)
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> Upload:
+        with self._lock:
+            token = self.driver.upload(dst, src)
+
+        def ready() -> None:
+            with self._lock:
+                self.driver.wait(token)
+
+        return Upload(ready, partial(self.driver.uploaded, token))
 
     # --- calls ------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -95,6 +95,36 @@ class Driver(Protocol):
     def address(self, array: Array) -> int:
         """Of the first byte, on the device."""
 
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    @property
+    def xp(self) -> Any:
+        """CuPy, or what stands for it."""
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """What ``xp`` computes inside runs in the order of the launches. Not during a capture."""
+
+    def borrow(self, x: Any) -> Array:
+        """An array of ours on the memory of any DLPack array on this device, behind what its owner has launched."""
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        """An uninitialised array for the caller, in whose stream's memory it is allocated."""
+
+    def hand_over(self) -> None:
+        """The caller's stream waits for all that was launched."""
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        """An uninitialised host array in page-locked memory, for ``upload``."""
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> Token:
+        """dst[...] = src from a ``pinned`` array, behind all launches so far and beside what follows.
+
+        src must stay as it is until ``uploaded``; what reads dst comes after ``wait``.
+        """
+
+    def uploaded(self, token: Token) -> None:
+        """Wait, on the host, for the end of an upload. From any thread."""
+
     # --- work -------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> Kernel:
@@ -155,3 +185,18 @@ class Driver(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
+
+
+@runtime_checkable
+class Lanes(Protocol):
+    """What a driver with several side streams has as well; one without has a single lane."""
+
+    @property
+    def lanes(self) -> int:
+        """How many."""
+
+    def side(self, lane: int = 0, after: Sequence[Token] = ()) -> AbstractContextManager[Token]:
+        """As Driver.side, on one of the side streams: blocks of a lane run one after the other.
+
+        It begins after these blocks of other lanes, and after all that the main stream was given before it.
+        """

@@ -1,27 +1,43 @@
-"""From the calls of a step to a graph: fewer launches, and two streams.
+"""From the calls of a step to a graph: fewer launches, on several streams.
 
 What a call needs is written in ``reads`` and ``writes``, so all that is done here is safe whatever the step looks like:
-calls are joined only where nothing between them touches what they work on, and the main stream waits for a side block
-as soon as it touches what the block does, and not before.
+calls are joined only where nothing between them touches what they work on, and a stream waits for a block of another
+one as soon as it touches what the block does, and not before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 from nicecp.kernels.backend import Array
-from nicecp.kernels.cuda_calls import BiasBackward, BiasForward, Call, Coefficients, Couple, Product, Update
-from nicecp.kernels.cuda_driver import Bias, BiasGradient, Driver, Epilogue, MaskedBiasGradient, ReluBias
+from nicecp.kernels.cuda_calls import MAIN, BiasBackward, BiasForward, Call, Coefficients, Couple, Product, Update
+from nicecp.kernels.cuda_driver import Bias, BiasGradient, Driver, Epilogue, Lanes, MaskedBiasGradient, ReluBias
 
 Span = tuple[int, int]  # first byte and end
-MAIN = 0
+
+
+@dataclass
+class Block:
+    """Calls that follow one another on a lane other than MAIN, what they touch, and the blocks they come after."""
+
+    lane: int
+    writes: list[Span] = field(default_factory=list)
+    reads: list[Span] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    def meets(self, writes: list[Span], reads: list[Span]) -> bool:
+        """Whether a call that touches this must come after the block."""
+        return _overlap(writes, self.writes) or _overlap(writes, self.reads) or _overlap(reads, self.writes)
 
 
 class Plan:
     """The calls of a step in the order of their launches.
 
-    calls : what is launched; streams : for each of them MAIN or the number, from 1, of its side block; waits : for each
-    of them the block that the main stream waits for first, or 0.
+    calls : what is launched; place : for each of them -1 on the main stream, or the number of its block; waits : for
+    each of them the blocks that the main stream waits for first; blocks : those beside the main stream.
     """
 
     def __init__(self, driver: Driver, calls: list[Call]) -> None:
@@ -32,25 +48,33 @@ class Plan:
         self.calls = self._with_backward_epilogues(self.calls)
         for call in self.calls:
             call.prepare(driver)
-        self.streams: list[int] = []
-        self.waits: list[int] = []
+        self.place: list[int] = []
+        self.waits: list[list[int]] = []
+        self.blocks: list[Block] = []
         self._schedule()
 
     def play(self) -> None:
         """Launch all of it: what a driver captures."""
-        driver, tokens, position = self._driver, dict[int, Any](), 0
+        tokens: list[Any] = []
+        position = 0
         while position < len(self.calls):
-            block = self.streams[position]
-            if block == MAIN:
-                if self.waits[position]:
-                    driver.wait(tokens[self.waits[position]])
-                self.calls[position].run(driver)
+            number = self.place[position]
+            if number < 0:
+                for block in self.waits[position]:
+                    self._driver.wait(tokens[block])
+                self.calls[position].run(self._driver)
                 position += 1
                 continue
-            with driver.side() as tokens[block]:
-                while position < len(self.calls) and self.streams[position] == block:
-                    self.calls[position].run(driver)
+            with self._side(self.blocks[number], tokens) as token:
+                tokens.append(token)
+                while position < len(self.calls) and self.place[position] == number:
+                    self.calls[position].run(self._driver)
                     position += 1
+
+    def _side(self, block: Block, tokens: list[Any]) -> AbstractContextManager[Any]:
+        if isinstance(self._driver, Lanes):
+            return self._driver.side(block.lane - 1, [tokens[number] for number in block.after])
+        return self._driver.side()
 
     # --- fewer launches -----------------------------------------------------------------------------------------------
 
@@ -75,12 +99,8 @@ class Plan:
             later = calls[position + 1 :]
             if isinstance(call, BiasForward):
                 before = out[-1] if out else None
-                if isinstance(before, Product) and self._same(before.out, call.y):
-                    epilogue: Epilogue = Bias(call.b)
-                    if call.relu:
-                        epilogue = ReluBias(call.b, self._mask_wanted(call.y, later))
-                    if before.take(self._driver, epilogue):
-                        continue
+                if isinstance(before, Product) and self._takes_bias(before, call, later):
+                    continue
                 after = later[0] if later else None
                 if not call.relu and isinstance(after, Couple) and self._adds_bias(after, call.y):
                     after.bias = call.b
@@ -88,9 +108,18 @@ class Plan:
             out.append(call)
         return out
 
-    def _mask_wanted(self, y: Array, later: list[Call]) -> Array | None:
-        wanted = any(isinstance(call, BiasBackward) and call.relu and self._same(call.y, y) for call in later)
-        return self._driver.relu_mask(*y.shape) if wanted else None
+    def _takes_bias(self, product: Product, call: BiasForward, later: list[Call]) -> bool:
+        own = self._same(product.out, call.y)
+        return own and any(product.take(self._driver, epilogue) for epilogue in self._biases(call, later))
+
+    def _biases(self, call: BiasForward, later: list[Call]) -> Iterator[Epilogue]:
+        """Epilogues that do it, the best one first: without a mask the backward pass looks at y."""
+        if not call.relu:
+            yield Bias(call.b)
+            return
+        if any(isinstance(other, BiasBackward) and other.relu and self._same(other.y, call.y) for other in later):
+            yield ReluBias(call.b, self._driver.relu_mask(*call.y.shape))
+        yield ReluBias(call.b)
 
     def _adds_bias(self, couple: Couple, m: Array) -> bool:
         apart = not self._meet([couple.x, couple.y], [m])
@@ -126,29 +155,34 @@ class Plan:
                 return False
         return False
 
-    # --- two streams --------------------------------------------------------------------------------------------------
+    # --- several streams ----------------------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
-        pending: list[tuple[int, list[Span], list[Span]]] = []  # side blocks nobody has waited for: writes, reads
-        block, inside = 0, False
+        lanes = self._driver.lanes if isinstance(self._driver, Lanes) else 1
+        pending: dict[int, list[int]] = {lane: [] for lane in range(1, lanes + 1)}  # blocks MAIN has not waited for
         for call in self.calls:
-            writes, reads = self._spans(call.writes()), self._spans(call.reads())
-            if call.side:
-                if not inside:
-                    block, inside = block + 1, True
-                    pending.append((block, [], []))
-                pending[-1][1].extend(writes)
-                pending[-1][2].extend(reads)
-                self.streams.append(block)
-                self.waits.append(0)
+            lane, writes, reads = min(call.lane, lanes), self._spans(call.writes()), self._spans(call.reads())
+            # A lane's blocks run in order, so that the last one that matters is enough.
+            last = [max((number for number in numbers if self.blocks[number].meets(writes, reads)), default=-1)
+                    for other, numbers in pending.items() if other != lane]  # fmt: skip
+            before = [number for number in last if number >= 0]
+            if lane == MAIN:
+                self.place.append(-1)
+                self.waits.append(before)
+                for number in before:
+                    own = self.blocks[number].lane
+                    pending[own] = [later for later in pending[own] if later > number]
                 continue
-            inside, last = False, 0
-            for number, written, read in pending:
-                if _overlap(writes, written) or _overlap(writes, read) or _overlap(reads, written):
-                    last = number
-            pending = [one for one in pending if one[0] > last]
-            self.streams.append(MAIN)
-            self.waits.append(last)
+            follows_on = bool(self.place) and self.place[-1] >= 0 and self.blocks[self.place[-1]].lane == lane
+            if not follows_on:
+                pending[lane].append(len(self.blocks))
+                self.blocks.append(Block(lane))
+            block = self.blocks[-1]
+            block.writes += writes
+            block.reads += reads
+            block.after += [number for number in before if number not in block.after]
+            self.place.append(len(self.blocks) - 1)
+            self.waits.append([])
 
     # --- which memory -------------------------------------------------------------------------------------------------
 

@@ -66,10 +66,12 @@ INLINE void update_range(real* p, const real* g, real* m, real* v, const double*
     const bool packed = aligned(p) && aligned(g) && aligned(m) && aligned(v);
     const int64 packs = packed ? size / WIDTH : 0;
     bool fine = true;
+#pragma unroll 1  // a grid that fills the device goes round once; unrolled, float64 runs out of registers
     for (int64 t = first_thread(); t < packs; t += all_threads()) {
         const int64 at = t * WIDTH;
         if (!update_pack<OPTIMIZER, WIDTH>(rule, p + at, g + at, m + at, v + at)) fine = false;
     }
+#pragma unroll 1
     for (int64 at = packs * WIDTH + first_thread(); at < size; at += all_threads())
         if (!update_pack<OPTIMIZER, 1>(rule, p + at, g + at, m + at, v + at)) fine = false;
     if (!fine) state[SLOT_BAD_GRADIENT] = 1.0;  // whoever writes it writes the same

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import has_weights
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source, open_splits
+from nicecp.data_spec import has_weights
 from nicecp.errors import CheckpointError, DataError, about_file
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE
@@ -73,6 +73,7 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> list[Baseline]:
     """Baselines fitted to the rows that a checkpoint's flow was trained on, scored on those that scoring.score means.
 
@@ -82,7 +83,7 @@ def compare(
 
     Raises as score; DataError also where the training rows are not in the data.
     """
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     data = as_recorded(data, record)
     if flow.context is not None or has_weights(data):
         what = "that are conditioned on a context" if flow.context is not None else "on weighted rows"

@@ -28,14 +28,22 @@ def as_rows(
     array = np.asarray(x)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"expected real numbers, got {no_numbers(array)}")
-    if array.dtype.kind in "iu" and not integers and any(isinstance(step, Dequantize) for step in steps):
+    check_rows(array.dtype, array.shape, d, steps, integers)
+    return array.reshape(-1, d), array.shape[:-1]
+
+
+def check_rows(dtype: Any, shape: tuple[int, ...], d: int, steps: Sequence[Step], integers: bool) -> None:
+    """What as_rows refuses, of an array on any device."""
+    kind = np.dtype(dtype).kind
+    if kind not in "fiu":
+        raise TypeError(f"expected real numbers, got an array of dtype {dtype}")
+    if kind in "iu" and not integers and any(isinstance(step, Dequantize) for step in steps):
         raise TypeError(
-            f"expected dequantized values, got {array.dtype}: this flow was trained on 8-bit data, "
+            f"expected dequantized values, got {dtype}: this flow was trained on 8-bit data, "
             "pass low + (high - low) * (k + u) / 256 with u uniform in [0, 1)"
         )
-    if array.ndim == 0 or array.shape[-1] != d:
-        raise ValueError(f"expected an array of shape (..., {d}), got {array.shape}")
-    return array.reshape(-1, d), array.shape[:-1]
+    if len(shape) == 0 or shape[-1] != d:
+        raise ValueError(f"expected an array of shape (..., {d}), got {shape}")
 
 
 def no_numbers(array: NDArray[Any]) -> str:
@@ -50,14 +58,14 @@ def no_numbers(array: NDArray[Any]) -> str:
     return f"an array of dtype {array.dtype}{remedies.get(array.dtype.kind, '')}"
 
 
-def refuse_overflow(rows: NDArray[np.bool_], what: str) -> None:
+def refuse_overflow(rows: Any, what: str) -> None:
     """FloatingPointError if any of rows : (n,) is set: one that is finite and has no finite result.
 
     Something is wrong there, which -inf would hide.
     """
-    if rows.any():
+    if bool(rows.any()):
         raise FloatingPointError(
-            f"{what} of row {int(np.argmax(rows))} is not a finite number though the row is: the flow overflows there"
+            f"{what} of row {int(rows.argmax())} is not a finite number though the row is: the flow overflows there"
         )
 
 

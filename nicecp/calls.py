@@ -15,7 +15,7 @@ from nicecp.kernels.backend import Array
 from nicecp.network import Network
 from nicecp.params import Views
 
-KEPT_BYTES = 2**22  # of buffers: larger passes take longer than to write them down
+KEPT_BYTES = {"cpu": 2**22, "cuda": 2**27}  # of buffers: larger passes take longer than to write them down
 KEPT = 16  # passes in all
 
 
@@ -74,7 +74,7 @@ class Calls:
         except IndexError:
             call = Call(self._network, self._views, kind, n)
         yield call
-        if n * self._row_bytes(kind) <= KEPT_BYTES:
+        if n * self._row_bytes(kind) <= KEPT_BYTES[self._network.backend.device]:
             if sum(map(len, list(self._spare.values()))) >= KEPT:
                 self._spare.clear()
             self._spare[kind, n].append(call)

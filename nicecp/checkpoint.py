@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from nicecp.errors import CheckpointError, about_file
 from nicecp.files import reason
 from nicecp.flow import NICE
+from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import OPTIMIZERS, Backend, Slot
 from nicecp.records import EpochRecord, Event, Parameters, ResumeState, RunRecord
 from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_context, read_model, read_parameters
@@ -59,17 +61,21 @@ def run_path(path: StrPath) -> str:
     return out
 
 
-def load(path: StrPath, *, backend: Backend | None = None) -> NICE:
+def load(path: StrPath, *, backend: Backend | None = None, precision: str | None = None) -> NICE:
     """The flow in a checkpoint: the best model of a run, or of a state file the one in training.
+
+    precision : in place of the flow's own (nicecp.kernels.with_precision).
 
     Raises CheckpointError, in one line with the file's name, for anything that is not exactly as written.
     """
-    return _load(path, backend)[0]
+    return _load(path, backend, precision)[0]
 
 
-def load_run(path: StrPath, *, backend: Backend | None = None) -> tuple[NICE, RunRecord | None]:
-    """The flow and the record of its training; None where the flow was saved without one (NICE.save)."""
-    flow, run, _ = _load(path, backend)
+def load_run(
+    path: StrPath, *, backend: Backend | None = None, precision: str | None = None
+) -> tuple[NICE, RunRecord | None]:
+    """As load, with the record of the training; None where the flow was saved without one (NICE.save)."""
+    flow, run, _ = _load(path, backend, precision)
     return flow, run
 
 
@@ -112,7 +118,9 @@ def save_state(path: StrPath, flow: NICE, run: RunRecord, state: ResumeState, ov
     write_tree(path, tree, overwrite)
 
 
-def _load(path: StrPath, backend: Backend | None) -> tuple[NICE, RunRecord | None, ResumeState | None]:
+def _load(
+    path: StrPath, backend: Backend | None, precision: str | None = None
+) -> tuple[NICE, RunRecord | None, ResumeState | None]:
     reader = Reader(read_tree(path), path)
     spec, parameters, preprocessing, info = read_model(reader)
     context = read_context(reader, spec.n_context)
@@ -122,6 +130,9 @@ def _load(path: StrPath, backend: Backend | None) -> tuple[NICE, RunRecord | Non
         state = _read_state(reader, spec)
         state.parameters = parameters
     reader.finish()
+    if precision is not None:
+        backend = with_precision(backend or get_backend(), precision, required=True)
+        spec = replace(spec, precision=precision)
     return NICE.from_spec(spec, parameters, preprocessing, info, context=context, backend=backend), run, state
 
 

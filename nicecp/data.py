@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import DataSpec, plain_data
+from nicecp.data_spec import DataSpec, plain_data
 from nicecp.datasets import TEST_NAMES, TRAIN_NAMES, VALID_NAMES, candidates, locate, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import Purpose

@@ -182,9 +182,7 @@ class Density(ABC):
         return CFunction(self._snapshot(), -np.inf if floor is None else float(floor), exponentiate)
 
     def _snapshot(self) -> Snapshot:
-        if self.context is not None:
-            raise ValueError("a flow with a context has no compiled form yet: call log_prob(x, context)")
-        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing)
+        return Snapshot(self.spec, self.backend.copy_out(self.flat), self.preprocessing, self.context)
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ class DeviceError(NicecpError, RuntimeError):
     """A device that was asked for and cannot be used, with the reason."""
 
 
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The device has too little memory: says how much was wanted and what to lower."""
+
+
 class TrainingError(NicecpError, RuntimeError):
     """Training cannot start or cannot go on (settings, non-finite numbers)."""
 

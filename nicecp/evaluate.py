@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from nicecp.beside import effective_rows
 from nicecp.errors import DataError, about_file
 from nicecp.extras import Extras, check_context
 from nicecp.flow import NICE
-from nicecp.kernels.backend import Array, Slot
+from nicecp.kernels.backend import Slot
 from nicecp.loading import Loader
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
@@ -112,6 +112,26 @@ class Evaluator:
         self._loader = Loader(flow, self._batch)
         self._extras = Extras(flow, split.source)
         self._weights = split.weights
+        self._kept: tuple[Window, Views, int, Callable[[], None]] | None = None
+
+    def _recorded(self, window: Window, views: Views, seed: int) -> Callable[[], None]:
+        """The pass over a window's batches; the last one is kept: validation comes back to it every epoch."""
+        if self._kept is not None:
+            last, parameters, key, run = self._kept
+            same = last.data is window.data and parameters is views and key == seed
+            if same and np.array_equal(last.index, window.index) and np.array_equal(last.rows, window.rows):
+                return run
+        backend, self._kept = self.flow.backend, None
+        data, index, rows = (backend.asarray(array) for array in (window.data, window.index, window.rows))
+
+        def score() -> None:
+            self._loader.load(self._ws, data, index, rows, self._state, seed, self.split.purpose)
+            self._extras.load(self._ws, rows, self._state)
+            self.flow.network.forward(self._ws, views)
+
+        run = backend.record(score)
+        self._kept = window, views, seed, run
+        return run
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
@@ -119,16 +139,8 @@ class Evaluator:
         out = np.empty(len(self.split), np.float64)
         offset, done = log_det(self.flow.preprocessing), 0
         for window, own in self._rows.windows(seed, self._batch):
-            data: Array = backend.asarray(window.data)
-            index, rows = backend.asarray(window.index), backend.asarray(window.rows)
-
-            def score(data: Array = data, index: Array = index, rows: Array = rows) -> None:
-                self._loader.load(ws, data, index, rows, self._state, seed, self.split.purpose)
-                self._extras.load(ws, rows, self._state)
-                self.flow.network.forward(ws, views)
-
             self._at(epoch, 0)
-            recorded = backend.record(score)
+            recorded = self._recorded(window, views, seed)
             for i in range(window.n_batches):
                 self._at(epoch, i)
                 recorded()
@@ -156,7 +168,9 @@ class Evaluator:
             position = int(bad[0])
             block = int(np.searchsorted(self.split.bounds, position, side="right")) - 1
             row = int(self.split.rows_of_block(block)[position - int(self.split.bounds[block])])
-            problem = f"the log-density of row {row} is {values[position]}: the flow overflows there"
+            affine = all(step.affine for step in self.flow.preprocessing)
+            why = "the flow overflows there" + ("" if affine else ", or its preprocessing does not take such values")
+            problem = f"the log-density of row {row} is {values[position]}: {why}"
             raise DataError(about_file(self.split.source.name, problem, "look at this row, or train a new flow"))
         return self._summary(values)
 

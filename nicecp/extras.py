@@ -94,6 +94,7 @@ def weights_noted(train: Split, n_parameters: int) -> list[Event]:
     if weights is None:
         return []
     effective = effective_rows(weights)
+    logger.info("%s: %s", train.source.name, weights_line(train))
     if effective >= FEW * n_parameters:
         return []
     message = (

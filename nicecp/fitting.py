@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import DataSpec
 from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import check_constant, check_finite, column_stats, open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.evaluate import check_fits, check_width
 from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
@@ -121,6 +121,8 @@ def fit(
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
@@ -141,7 +143,7 @@ def fit(
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
-    context : (n, k) array, or text; see nicecp.beside.DataSpec
+    context : (n, k) array, or text; see nicecp.data_spec.DataSpec
         What the density of each row is conditioned on, for a flow with n_context = k: 'a,b' takes columns of the data,
         'FILE.h5:/NAME' a dataset. It is standardised by its own mean and standard deviation.
     sample_weight : (n,) array, or text
@@ -149,6 +151,8 @@ def fit(
         loss and all means are weighted, and the rows that validate hold ``valid_fraction`` of the weight.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
+    schedule : "constant" or "cosine"; weight_decay : float
+        Of the learning rate over the epochs, and of the networks' weights (nicecp.decay).
     activations : "store", "halves" or "recompute"
         What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
@@ -173,8 +177,19 @@ def fit(
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {reprlib.repr(flow)}")
     called = as_callbacks(callbacks)
-    config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
-    spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
+    config = TrainConfig(
+        epochs,
+        batch_size,
+        optimizer or AdaM(),
+        patience,
+        seed,
+        activations=activations,
+        schedule=schedule,
+        weight_decay=weight_decay,
+    )
+    spec: Any = data
+    if context is not None or sample_weight is not None:
+        spec = DataSpec(data, context, sample_weight)
     with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
@@ -192,7 +207,7 @@ def fit(
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called)
-        trainer.record.versions = versions()
+        trainer.record.versions = versions(flow.backend)
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         trainer.record.events += events + weights_noted(train, flow.n_parameters)
         return trainer.run()

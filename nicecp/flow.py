@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from nicecp.arrays import DeviceRows, on_device
 from nicecp.borders import as_rows, refuse_overflow, seed_of, settle, to_inputs, with_log_det
 from nicecp.calls import Call, Calls
 from nicecp.context import Context, context_of, paired, rows_for, seen
 from nicecp.density import Density
-from nicecp.kernels import get_backend
+from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import Array, Backend, Purpose, Slot
 from nicecp.native import Points, has_compiled_form
 from nicecp.network import Halves, Network
@@ -63,8 +64,10 @@ class NICE(Density):
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
         Applied to data in order before the couplings; log-densities are reported in the space before them.
+    precision : "full" or "tf32"
+        Of float32 matrix products on a GPU; "tf32" is faster and rounds their factors to 10 bits.
     device, threads
-        See nicecp.kernels.get_backend.
+        See nicecp.kernels.get_backend. On a GPU, rows in its memory (CuPy, DLPack) give results there (nicecp.arrays).
 
     Log-densities are in nats and float64. Calls do not share buffers: several threads may use one flow.
     """
@@ -85,21 +88,13 @@ class NICE(Density):
         context_names: Sequence[str] | None = None,
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
+        precision: str = "full",
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        spec = spec_of(
-            n_features,
-            hidden,
-            n_couplings,
-            prior,
-            "float64" if open_dtype else dtype,
-            coupling,
-            partition,
-            network,
-            n_context,
-        )
+        made_of = (prior, "float64" if open_dtype else dtype, coupling, partition, network, n_context, precision)
+        spec = spec_of(n_features, hidden, n_couplings, *made_of)
         if context_names is not None and not spec.n_context:
             raise ValueError("context_names are for a flow with a context: give n_context too")
         context = Context.unscaled(spec.n_context, context_names) if spec.n_context else None
@@ -153,15 +148,15 @@ class NICE(Density):
         if spec.n_context != (0 if context is None else len(context)):
             raise ValueError(f"a flow with n_context = {spec.n_context} needs a Context of as many numbers")
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
-        self.context, self.backend = context, backend
+        self.context, self.backend = context, (backend := with_precision(backend, spec.precision))
         self.network = Network(spec, backend)
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
-        self._few = (
-            FEW // spec.n_parameters if backend.device == "cpu" and has_compiled_form(spec, preprocessing) else 0
-        )
+        compiled = backend.device == "cpu" and has_compiled_form(spec, preprocessing)
+        self._few = FEW // spec.n_parameters if compiled else 0
         self._points: Points | None = None
+        self._there = DeviceRows(self)
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -193,6 +188,7 @@ class NICE(Density):
 
     # --- densities --------------------------------------------------------------------------------
 
+    @on_device
     def log_prob(
         self,
         x: ArrayLike,
@@ -215,10 +211,10 @@ class NICE(Density):
             A finite row gave no finite number: the parameters are broken, or it overflows on its way.
         """
         rows, shape, given = self._rows(x, context)
-        if given is None and len(rows) <= self._few:
+        if len(rows) <= self._few:
             if self._points is None:
                 self._points = Points(self.spec, self._views, self.preprocessing)
-            out = self._points.log_prob(rows, floor)
+            out = self._points.log_prob(rows, given, floor)
         else:
             out = self._log_prob_in_chunks(rows, given, floor)
         if shape == ():
@@ -237,6 +233,7 @@ class NICE(Density):
         settle(out, rows, bad, "log_prob", floor)
         return out
 
+    @on_device
     def log_prob_and_grad(
         self, x: ArrayLike, context: ArrayLike | None = None, *, floor: float | None = None
     ) -> tuple[Any, FloatArray]:
@@ -291,12 +288,11 @@ class NICE(Density):
 
     # --- the bijection ----------------------------------------------------------------------------
 
+    @on_device
     def forward(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[FloatArray, Any]:
         """x : (..., d) -> latent h : (..., d) and log abs det dh/dx : (...), a float for one row, in nats."""
         rows, shape, given = self._rows(x, context)
-        out = np.empty(rows.shape, np.float64)
-
-        log_det = np.full(len(rows), self.network.log_det(self._views))
+        out, log_det = np.empty(rows.shape, np.float64), np.full(len(rows), self.network.log_det(self._views))
 
         def transform(call: Call, at: slice) -> None:
             out[at] = self.backend.copy_out(call.out)
@@ -307,11 +303,11 @@ class NICE(Density):
         out[bad] = np.nan
         return with_log_det(out, shape, log_det + before)
 
+    @on_device
     def inverse(self, h: ArrayLike, context: ArrayLike | None = None) -> tuple[FloatArray, Any]:
         """Latent h : (..., d) -> x : (..., d) and log abs det dx/dh : (...), a float for one row, in nats."""
         rows, shape, given = self._rows(h, context, integers=True)
-        out = np.empty(rows.shape, np.float64)
-        log_det = np.full(len(rows), -self.network.log_det(self._views))
+        out, log_det = np.empty(rows.shape, np.float64), np.full(len(rows), -self.network.log_det(self._views))
         for start in range(0, len(rows), CHUNK):
             at = slice(start, start + CHUNK)
             self._invert(out[at], log_det[at], np.asarray(rows[at], np.float64), given, at)
@@ -350,6 +346,8 @@ class NICE(Density):
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         given = seen(rows_for(n, context_of(context, self.context)), self.context, self.dtype)
+        if self.backend.device != "cpu" and self._there.usable and not return_log_prob:
+            return self._there.sample(n, seed, given)
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
         out = np.empty((n, self.n_features), np.float64)
         for start in range(0, n, CHUNK):

@@ -152,7 +152,7 @@ def inpaint(
 def _gradient(flow: NICE, x: FloatArray, context: FloatArray | None, iteration: int) -> FloatArray:
     """d log p / dx; TrainingError where x has left the range of the flow's numbers."""
     try:
-        gradient = flow.grad_log_prob(x, context)
+        gradient = np.asarray(flow.grad_log_prob(x, context))
     except FloatingPointError:
         gradient = np.full_like(x, np.nan)
     if not np.isfinite(gradient).all():

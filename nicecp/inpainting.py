@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nicecp.beside import from_record
 from nicecp.checkpoint import load_run
 from nicecp.data import column_stats, open_source, open_splits
+from nicecp.data_spec import from_record
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_kind, check_width
 from nicecp.files import write_bytes
@@ -102,6 +102,7 @@ def inpaint_images(
     context: ArrayLike | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Painted:
     """Hide pixels of n images of a data set and let a checkpoint's flow fill them in (nicecp.inpaint.inpaint).
@@ -124,7 +125,7 @@ def inpaint_images(
     ValueError, TrainingError, MemoryError
         As inpaint; n or first is out of bounds.
     """
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     check_drawable(flow, checkpoint, "inpainting is for images")
     assert flow.info.image_shape is not None
     masks = masks_of(mask, flow.info.image_shape, seed)

@@ -21,11 +21,15 @@ def rms(values: Floats) -> float:
 
 
 def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
-    """Every hidden layer's name and values before the ReLU : (n, h); of registered ones their kinks."""
-    parts = [z[:, columns] for columns in spec.columns]
+    """Every hidden layer's name and values before the ReLU : (n, h); of registered ones their kinks.
+
+    z : (n, d + k), the rows in the flow's input space and, if it has one, their scaled context behind them
+    """
+    features, context = z[:, : spec.n_features], z[:, spec.n_features :]
+    parts = [features[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
         own = own_of({name: parameters[f"couplings/{k}/{name}"] for name in spec.own_shapes(k)})
-        y, layers = parts[coupling.conditions_on], len(spec.dense_layers(k))
+        y, layers = np.hstack([parts[coupling.conditions_on], context]), len(spec.dense_layers(k))
         for j in range(layers):
             name = f"couplings/{k}/layers/{j}"
             weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]

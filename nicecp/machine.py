@@ -17,15 +17,17 @@ def _blas() -> list[dict[str, object]]:
     return [library for library in threadpool_info() if library.get("user_api") == "blas"]
 
 
-def versions() -> dict[str, str]:
-    """Name to version of all that can change a run's bits."""
+def versions(backend: Backend | None = None) -> dict[str, str]:
+    """Name to version of all that can change a run's bits, with a GPU's of a backend on one."""
     import h5py
     import numba
     import numpy as np
 
     from nicecp import __version__
 
-    return {
+    driver = getattr(backend, "driver", None)
+    gpu = {} if driver is None else {"gpu": f"{driver.name}, {driver.precision}"}
+    return gpu | {
         "nicecp": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -40,6 +42,18 @@ def blas_version() -> str:
     libraries = sorted(_blas(), key=lambda library: "numpy" not in str(library.get("filepath")))
     found = [f"{library.get('internal_api', 'blas')} {library.get('version') or 'unknown'}" for library in libraries]
     return found[0] if found else "unknown"
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            for line in info:
+                if line.startswith(("model name", "Model")):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def default_threads() -> int:

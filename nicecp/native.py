@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.borders import refuse_overflow
+from nicecp.context import Context
 from nicecp.kernels.backend import ALIGNMENT, PRIORS
 from nicecp.kernels.point import ColumnKind, PointModel, PointOp, Program
 from nicecp.params import Layout, Views
@@ -101,8 +102,10 @@ def has_compiled_form(spec: ModelSpec, steps: Sequence[Step]) -> bool:
     return not spec.registered and all(step.kind in _STEPS for step in steps)
 
 
-def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Program:
+def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step], scale: Context | None = None) -> Program:
     """The log-density of a flow with the weights that these views show whenever it is carried out.
+
+    scale : of the context that is passed to it; None where networks read that as it is
 
     Raises ValueError for a step of preprocessing, a coupling or a network that has no compiled form.
     """
@@ -123,6 +126,8 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Progr
         program.add(PointOp.GATHER, place, size, at, arrays=(index,))
         if context:  # every network reads it behind the part that it conditions on
             program.add(PointOp.CONTEXT, place + size, context)
+            if scale is not None:
+                program.add(PointOp.STANDARDIZE, place + size, context, arrays=(scale.mean, scale.std))
     widest = max(max(spec.layer_sizes(k)[1:]) for k in range(len(spec.couplings)))
     turns = [program.place(max(widest, *parts)) for _ in range(2)]
     for coupling, layers in zip(spec.couplings, views.couplings, strict=True):
@@ -141,11 +146,13 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step]) -> Progr
 class Snapshot(PointModel):
     """The log-density of a flow with the weights that it had: later training does not reach it."""
 
-    def __init__(self, spec: ModelSpec, flat: NDArray[Any], steps: Sequence[Step]) -> None:
+    def __init__(
+        self, spec: ModelSpec, flat: NDArray[Any], steps: Sequence[Step], scale: Context | None = None
+    ) -> None:
         from nicecp.kernels._numba_point import core_address
 
-        self._made_of = spec, aligned_copy(flat), tuple(steps)
-        program = point_program(spec, Layout(spec).views(self._made_of[1]), steps)
+        self._made_of = spec, aligned_copy(flat), tuple(steps), scale
+        program = point_program(spec, Layout(spec).views(self._made_of[1]), steps, scale)
         super().__init__(program, core_address(spec.dtype, program.transforms))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -170,12 +177,17 @@ class Points:
         program = point_program(spec, views, steps)
         self._model = PointModel(program, core_address(spec.dtype, program.transforms))
         self._score_rows: Any = score_rows
-        self._context = np.empty((0, 0))
+        self._no_context = np.empty((0, 0))
 
-    def log_prob(self, rows: NDArray[Any], floor: float | None) -> FloatArray:
-        """rows : (n, d) -> (n,) in nats; FloatingPointError for a finite row without a finite log-density."""
-        out = np.empty(len(rows))
-        self._score_rows(out, self._model.program, np.ascontiguousarray(rows, np.float64), self._context)
+    def log_prob(self, rows: NDArray[Any], given: NDArray[Any] | None, floor: float | None) -> FloatArray:
+        """rows : (n, d), given : their context as networks see it, (n, k) or (1, k) -> (n,) in nats.
+
+        Raises FloatingPointError for a finite row without a finite log-density.
+        """
+        out, context = np.empty(len(rows)), self._no_context
+        if given is not None:
+            context = np.array(np.broadcast_to(given, (len(rows), given.shape[1])), np.float64, order="C")
+        self._score_rows(out, self._model.program, np.ascontiguousarray(rows, np.float64), context)
         failed = out == np.inf
         if failed.any():
             refuse_overflow(failed, "log_prob")

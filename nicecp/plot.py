@@ -86,7 +86,7 @@ def manifold(
     flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int = 0, context: ArrayLike | None = None
 ) -> FloatArray:
     """f^-1 of ``sphere`` : (rows, columns, d) in data space, at one context. Source: appendix A.1, figure 7."""
-    return flow.inverse(sphere(flow, rows, columns, radius, seed), context)[0]
+    return np.asarray(flow.inverse(sphere(flow, rows, columns, radius, seed), context)[0])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -229,6 +229,7 @@ def plot(
     dpi: int = DPI,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     **options: Any,
 ) -> None:
     """Draw one figure of a checkpoint into ``out``.
@@ -257,7 +258,7 @@ def plot(
     check_figure_name(out)
     check_output(out, overwrite, checkpoint)
     new_figure(1, 1)  # whether matplotlib is there, before the work
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     if kind in ("samples", "manifold"):
         check_drawable(flow, checkpoint, "draw its spectrum or curve")
         count = options.get("n", 0) if kind == "samples" else options.get("rows", 0) * options.get("columns", 0)

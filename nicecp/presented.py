@@ -132,4 +132,5 @@ def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:
     if not np.isfinite(z).all():
         raise ValueError("a row lies outside the support of the flow's transforms")
     after = flow.preprocessing[past:]
-    return NICE.from_spec(flow.spec, flow.parameters(), after, flow.info, backend=flow.backend), z
+    parameters = flow.parameters()
+    return NICE.from_spec(flow.spec, parameters, after, flow.info, context=flow.context, backend=flow.backend), z

@@ -36,6 +36,9 @@ class Preset:
     valid_fraction: float = VALID_FRACTION
     partition: str = "odd-even"
     transform: str = NONE
+    coupling: tuple[str, ...] = ("additive",)
+    schedule: str = "constant"
+    weight_decay: float = 0.0
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.decay import check_decay
+from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
@@ -55,14 +57,19 @@ class Settings:
     logit: float | None = None  # the margin of a logit step
     network: str = MLP  # or one of nicecp.registry
     activations: str = "store"
+    schedule: str = "constant"  # of the learning rate: nicecp.decay
+    weight_decay: float = 0.0
     transform: str = NONE  # of single float columns: nicecp.transform_spec
+    precision: str = "full"  # nicecp.kernels.PRECISIONS
+    device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
 
     def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling, self.network)
         partition, order = self.partition, self.order
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, partition=partition, order=order)
+        form = partition, order
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, self.precision, *form)
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
@@ -86,9 +93,10 @@ class Settings:
         each = given.pop("hidden_by_coupling", None)
         if each is not None:
             each = tuple(tuple(int(size) for size in sizes) for sizes in each)
-        order = given.pop("order", None)
+        order, logit = given.pop("order", None), given.pop("logit", None)
         settings = cls(
             order=None if order is None else tuple(int(column) for column in order),
+            logit=None if logit is None else float(logit),
             hidden=hidden,
             coupling=laws,
             hidden_by_coupling=each,
@@ -105,7 +113,7 @@ class Settings:
 
 
 # Settings that may be given anew when a run goes on.
-CHANGEABLE = ("epochs", "patience", "activations")
+CHANGEABLE = ("epochs", "patience", "activations", "device_memory_limit")
 
 # Names under which a run's caller may give settings; None means "as the preset or the data say".
 NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
@@ -177,6 +185,9 @@ def resolve(
         hidden_by_coupling=chosen.hidden_by_coupling,
         partition=chosen.partition,
         transform=NONE if eight_bit else chosen.transform,
+        coupling=chosen.coupling,
+        schedule=chosen.schedule,
+        weight_decay=chosen.weight_decay,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -196,6 +207,10 @@ def check(settings: Settings) -> None:
     """ValueError for the first setting that is out of bounds; the model's and the loop's classes check theirs again."""
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    if settings.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {settings.precision!r}")
+    if settings.precision == "tf32" and settings.dtype != "float32":
+        raise ValueError(f"precision must be full for {settings.dtype}: tf32 is for float32")
     if settings.prior not in PRIORS:
         raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
     if settings.init not in INITS:
@@ -227,11 +242,15 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    check_decay(settings.schedule, settings.weight_decay)
     if settings.transform != NONE:
         parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    limit = settings.device_memory_limit
+    if limit is not None and limit < 1:
+        raise ValueError(f"device_memory_limit must be at least 1 byte, got {limit}")
     if settings.patience is not None and settings.patience < 1:
         raise ValueError(f"patience must be at least 1, got {settings.patience}")
     if not 0 <= settings.seed < 2**64:

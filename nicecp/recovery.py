@@ -26,7 +26,6 @@ IN_A_ROW = Slot.RING_SIZE  # bad steps, or all of an epoch if it has fewer; the 
 TIMES = 5
 LOWER = 0.25  # what the rate is multiplied by: a thousandth after five times
 WENT_BACK = "went back"
-_PIECE = 2**20  # elements looked at by one call
 _LISTED = 8  # columns named in a message
 
 
@@ -97,7 +96,7 @@ class Recovery:
         """At the end of an epoch: nothing that is not finite is validated or kept; log-scales are bounded."""
         trainer = self._trainer
         for name, flat in (("parameter", trainer.p), ("mean gradient", trainer.m), ("mean square", trainer.v)):
-            if not self._finite(flat):
+            if not trainer.backend.is_finite(flat):
                 self._go_back(f"a {name} is not finite")
                 break
         found = self._out_of_bounds(clip=True)
@@ -110,16 +109,12 @@ class Recovery:
             self._note("log-scale", f"the log-scale is at its bound of {bound:.1f} nats in columns {', '.join(labels)}"
                        f"{more}: they may be constant, discrete or copies of others")  # fmt: skip
 
-    def _finite(self, flat: Array) -> bool:
-        pieces = (flat[start : start + _PIECE] for start in range(0, flat.shape[0], _PIECE))
-        return all(bool(np.isfinite(self._trainer.backend.copy_out(piece)).all()) for piece in pieces)
-
     def _go_back(self, why: str) -> None:
         """The best model (at first the one that training began with), moments 0, a lower rate."""
         trainer, backend = self._trainer, self._trainer.backend
-        trainer.p[...] = trainer.best
-        trainer.m[...] = 0
-        trainer.v[...] = 0
+        backend.assign(trainer.p, trainer.best)
+        for moment in (trainer.m, trainer.v):
+            backend.copy_in(moment, np.zeros(moment.shape, moment.dtype))
         self.bad_steps = 0
         if sum(event.kind == WENT_BACK for event in trainer.record.events) >= TIMES:
             problem = f"epoch {trainer.record.epoch + 1}: {why}, after going back to the best model {TIMES} times"

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import DataSpec, beside, is_dataset
+from nicecp.beside import beside
+from nicecp.data_spec import NONE, DataSpec, is_dataset
 from nicecp.errors import DataError, about_file
 from nicecp.records import DataInfo
 from nicecp.sources import Source, check_range, check_size, fingerprint
@@ -37,7 +38,7 @@ def open_rows(path: str, name: str, spec: Any, training: bool) -> Source:
 
 def _wanted(spec: Any) -> tuple[str, ...] | None:
     """Names of the features, and of columns that are context or weights, which need not be named twice."""
-    if not isinstance(spec, DataSpec) or spec.columns is None:
+    if not isinstance(spec, DataSpec) or _given(spec.columns) is None:
         return None
     wanted = named_columns(spec.columns)
     others = [given for given in (spec.context, spec.weights) if isinstance(given, str) and not is_dataset(given)]
@@ -45,25 +46,29 @@ def _wanted(spec: Any) -> tuple[str, ...] | None:
     return (*wanted, *dict.fromkeys(column for column in more if column not in wanted))
 
 
+def _given(text: str | None) -> str | None:
+    return None if text == NONE else text
+
+
 def chosen(source: Source, spec: Any, training: bool = True) -> Source:
     """A source less what a DataSpec leaves out of it, with its context and weights; see open_rows."""
     if not isinstance(spec, DataSpec):
         return source
-    wanted = _wanted(spec)
+    wanted, burn, thin, select = _wanted(spec), *(_given(given) for given in (spec.burn, spec.thin, spec.select))
     try:
-        if training and (spec.burn is not None or spec.thin is not None):
+        if training and (burn or thin):
             shape = getattr(source, "shape", (source.n_rows, source.n_features))
-            source = Chain(source, shape, int(spec.burn or 0), int(spec.thin or 1))
+            source = Chain(source, shape, int(burn or 0), int(thin or 1))
         if wanted is not None and source.info.columns != wanted:
             source = Chosen(source, numbers_of(wanted, source), names=wanted)
     except BaseException:
         source.close()
         raise
     source = beside(source, spec)  # closes the source if it raises
-    if not training or spec.select is None:
+    if not training or select is None:
         return source
     try:
-        return Chosen(source, None, *row_range(spec.select))
+        return Chosen(source, None, *row_range(select))
     except BaseException:
         source.close()
         raise

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nicecp.beside import from_record, n_context_of, plain_data, to_record
+from nicecp.beside import n_context_of
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
+from nicecp.data_spec import from_record, plain_data, to_record
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.extras import fit_context, weights_noted
 from nicecp.fitting import preprocessing_of
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
-from nicecp.kernels.backend import Slot
+from nicecp.kernels import Slot, with_precision
 from nicecp.locking import OutputLock
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
@@ -64,11 +65,14 @@ class Run:
             settings.seed,
             settings.window,
             settings.activations,
+            settings.device_memory_limit,
+            settings.schedule,
+            settings.weight_decay,
         )
         self._keeper = Keeper(self, saving)
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
         self.trainer.record.config = self._config()
-        self.trainer.record.versions = versions()
+        self.trainer.record.versions = versions(flow.backend)
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False
@@ -130,7 +134,7 @@ class Run:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = open_backend(device, threads)
+            backend = with_precision(open_backend(device, threads), settings.precision, required=True)
             events = discrete_columns_noted(splits.train)
             steps = preprocessing_of(settings, splits.train, events)
             check_finite(splits)

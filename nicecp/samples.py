@@ -42,6 +42,7 @@ def write_samples(
     columns: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     context: Any = None,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
@@ -63,7 +64,7 @@ def write_samples(
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     check_output(out, overwrite, checkpoint)
     given = read_context(context) if isinstance(context, str) else context
-    flow = load(checkpoint, backend=open_backend(device, threads))
+    flow = load(checkpoint, backend=open_backend(device, threads), precision=precision)
     if suffix == ".png":
         check_drawable(flow, checkpoint)
     rows = context_of(given, flow.context)

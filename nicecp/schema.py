@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nicecp.context import Context
 from nicecp.errors import CheckpointError, about_file
+from nicecp.kernels import PRECISIONS
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
 from nicecp.registry import MLP, is_law, is_network
@@ -25,7 +26,6 @@ from nicecp.transforms import COLUMN_KINDS, INTEGERS, SHAPES, column_step
 
 FORMAT = "nicecp"
 FORMAT_VERSION = 1
-PRECISIONS = ("full",)
 
 MAX_FEATURES = 1 << 24
 MAX_COUPLINGS = 1024

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import plain_data
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source
+from nicecp.data_spec import plain_data
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits
 from nicecp.flow import NICE
@@ -125,6 +125,7 @@ def score_file(
     overwrite: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Scored:
     """Write the log-densities of a data set's rows under a checkpoint's flow, in the order of the rows.
@@ -140,6 +141,7 @@ def score_file(
         Of row i, draw k is that of (seed, i, k), the first one evaluate's. What is written is the logarithm of the
         densities' mean, log(sum_k p(x_k) / draws): with many draws that of the recorded values' own density.
     seed : of the noise; the run's own by default
+    device, threads, precision : as nicecp.scoring.score
     progress : called with the rows done and all rows, after every block
 
     Raises
@@ -155,7 +157,7 @@ def score_file(
 
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     source = open_source(as_recorded(data, record), "test")
     try:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.beside import from_record, plain_data
 from nicecp.checkpoint import load_run
 from nicecp.columns import check_representable
 from nicecp.data import DEMO, TEST_NAMES, Source, Splits, candidates, open_source, open_splits, split_spec
+from nicecp.data_spec import DataSpec, from_record, plain_data
 from nicecp.errors import DataError, about_file
 from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
@@ -56,6 +56,7 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> Score:
     """Mean log-likelihood of a checkpoint's flow on data (nats per row, in the data's space).
 
@@ -69,6 +70,8 @@ def score(
         else all rows. test: the test dataset, or the one that ``data`` names, but never what the flow was trained on.
     seed : int, optional
         Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
+    precision : "full" or "tf32"
+        In place of the flow's own, on a GPU.
 
     Raises
     ------
@@ -77,7 +80,7 @@ def score(
     """
     if part not in PARTS:
         raise ValueError(f"the part must be one of {', '.join(PARTS)}, got {part!r}")
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, as_recorded(data, record), part)
     try:
@@ -110,7 +113,12 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
 
 
 def _matched(flow: NICE, data: Any, part: str) -> Source:
-    """Data with the flow's columns in its order, found by their names where both have names."""
+    """Data with the flow's columns in its order, found by their names where both have names.
+
+    A range of rows of the run's own data says nothing about others.
+    """
+    if isinstance(data, DataSpec) and "select" in data.recorded:
+        data = replace(data, select=None)
     return matched(open_source(data, part), flow.info.columns)
 
 

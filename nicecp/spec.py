@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 from nicecp.registry import MLP, checked_shapes, law_named, network_named
 
@@ -147,6 +148,10 @@ class ModelSpec:
             raise ValueError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         for k in range(len(self.couplings)):
             self.own_shapes(k)  # ValueError where a registered one has no parameters of such sizes
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if self.precision == "tf32" and self.dtype != "float32":
+            raise ValueError(f"precision tf32 is for float32 flows, this one is {self.dtype}")
         if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
             partition_order(self.partition, self.n_features, self.order)
         if self.n_context < 0:
@@ -274,6 +279,7 @@ def spec_of(
     partition: Any,
     network: str = MLP,
     n_context: Any = 0,
+    precision: str = "full",
 ) -> ModelSpec:
     """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
     sizes = hidden_sizes(hidden)
@@ -281,4 +287,4 @@ def spec_of(
     couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling), network)
     name, (parted, order) = dtype_name(dtype), partition_of(partition)
     d, k = whole_number(n_features, "n_features"), whole_number(n_context, "n_context")
-    return ModelSpec(d, couplings, prior, name, k, partition=parted, order=order)
+    return ModelSpec(d, couplings, prior, name, k, precision, parted, order)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nicecp.context import context_of, paired
+from nicecp.directions import Check, Direction, GradientReport
 from nicecp.flow import NICE
 from nicecp.kinks import drawn_parameters, margins, rms, units_on
 from nicecp.preprocessing import apply_steps, undo_steps
@@ -22,68 +24,13 @@ ROWS = 6  # drawn where none are given
 RESOLUTION = 200.0  # signal over tolerance: an error of 1 % is then at least twice the tolerance
 SINGLE_RTOL = 1e-3  # float32 against float64: far above rounding, far below an error in a formula
 SINGLE_MARGIN = 1e-5  # units closer than this to their kink (relative to their layer) may differ between the two
-
-
-@dataclass(frozen=True)
-class GradientReport:
-    """What check_gradients compared."""
-
-    rows: int
-    directions: int  # differences taken: parameters, inputs and random directions, at both sets of parameters
-    left_out: int  # (row, direction) pairs beside a ReLU's kink at every step, not compared
-    worst: str  # the parameter (or "x") with the largest error
-    error: float  # that error as a fraction of what is allowed; at most 1
-    log_det_error: float  # |log_det - slogdet of the numerical Jacobian| in nats
-
-
-@dataclass(frozen=True)
-class _Direction:
-    """A unit vector in the space of one array: one entry of it (flat index), or all of them at once.
-
-    For the data it is one of the flow's input space, ``unit`` : (d,), and ``along`` is how it looks in data space:
-    (d,), or (n, d) where it looks different in every row.
-    """
-
-    name: str
-    label: str
-    along: int | Floats
-    unit: Floats | None = None
-
-    def moved(self, value: Floats, h: float) -> Floats:
-        """value + h * this direction; an array of rows moves in every row."""
-        out = value.copy()
-        if isinstance(self.along, int):
-            out.reshape(-1)[self.along] += h
-        else:
-            out += h * self.along
-        return out
-
-    def dot(self, gradient: Floats, row: int = 0) -> float:
-        """The gradient's component along this direction; for the data that of one row."""
-        if self.unit is not None and not isinstance(self.along, int) and self.along.ndim == 2:
-            return float(np.vdot(gradient, self.along[row]))
-        if isinstance(self.along, int):
-            return float(gradient.reshape(-1)[self.along])
-        return float(np.vdot(gradient, self.along))
-
-
-@dataclass
-class _Check:
-    """How to check, and what was found."""
-
-    step: float
-    rtol: float
-    max_checks: int
-    rng: np.random.Generator
-    directions: int = 0
-    left_out: int = 0
-    worst: str = ""
-    error: float = 0.0
+TF32 = 20  # times as much: TF32 rounds the factors of products to 2^-11
 
 
 def check_gradients(
     flow: NICE | ModelSpec,
     x: ArrayLike | None = None,
+    context: ArrayLike | None = None,
     *,
     step: float = 1e-5,
     rtol: float = 1e-8,
@@ -101,7 +48,10 @@ def check_gradients(
     flow : NICE, not changed, or a ModelSpec, of which a fresh flow is made
         With couplings and networks of one's own (nicecp.registry) it is their functions that are checked.
     x : (n, d) or (d,), finite
-        A few rows of data space; 4 to 16 are plenty. By default six drawn from a normal distribution.
+        A few rows of data space; 4 to 16 are plenty. By default six, normal in the flow's input space.
+    context : (k,) or (n, k), for a flow with a context
+        Of the rows; by default drawn around the mean that it is scaled by. Gradients are those by x and by the
+        parameters, at this context.
     step : float
         Of the differences, in the flow's input space (after preprocessing) and for parameters.
     rtol : float
@@ -117,7 +67,7 @@ def check_gradients(
     AssertionError
         A gradient, the log-density or the log-determinant is wrong; names the array, with numbers.
     ValueError
-        x is empty or not finite.
+        x is empty or not finite, or outside the preprocessing's support, or the context is not finite.
 
     Examples
     --------
@@ -133,15 +83,22 @@ def check_gradients(
         flow = NICE.from_spec(flow, seed=seed)
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE or a ModelSpec, got {flow!r}")
-    x = np.random.default_rng(seed).standard_normal((ROWS, flow.n_features)) if x is None else x
+    rng = np.random.default_rng(seed)
+    if x is None:
+        x = undo_steps(flow.preprocessing, rng.standard_normal((ROWS, flow.n_features)))[0]
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
     flow, rows = past_transforms(flow, rows)
-    check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
+    if context is None and flow.context is not None:
+        context = flow.context.mean + flow.context.std * rng.standard_normal((len(rows), len(flow.context)))
+    given = paired(rows, (len(rows),), context_of(context, flow.context))[2]
+    if given is not None:
+        rows = np.hstack([rows, np.broadcast_to(given, (len(rows), given.shape[1]))])
+    check = Check(step, rtol, max_checks, np.random.default_rng(seed))
     with np.errstate(invalid="ignore", divide="ignore"):
         if not np.isfinite(_to_inputs(flow, rows)).all():
-            raise ValueError("x must lie where the flow's preprocessing has finite values")
+            raise ValueError("x must lie where the flow's preprocessing has finite values, at a finite context")
     exact = _in_float64(flow, flow.parameters())
     if flow.spec.dtype == "float32":
         _compare_precisions(flow, exact, rows)
@@ -155,14 +112,17 @@ def check_gradients(
 
 
 # --- one set of parameters ------------------------
+#
+# From here on rows x : (n, d + k) carry their context behind the features, k = 0 without one, and so do a network's
+# inputs z and gradients by x, which are 0 there: nothing moves a context.
 
 
-def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resolve: bool) -> None:
+def _check_point(judged: NICE, exact: NICE, x: Floats, check: Check, must_resolve: bool) -> None:
     """The gradients of ``judged`` against differences of log_prob of its float64 copy ``exact``."""
     log_prob = _check_density(judged, exact, x)
-    loss, mean = judged.loss_and_gradients(x)
+    loss, mean = judged.loss_and_gradients(*_arguments(judged, x))
     _require(abs(loss + float(log_prob.mean())) <= 1e-10 * (1 + abs(loss)), f"the loss {loss} is not -mean(log_prob)")
-    dx = np.asarray(judged.grad_log_prob(x))
+    dx = _with_context(judged, np.asarray(judged.grad_log_prob(*_arguments(judged, x))))
     for name, gradient in {**mean, INPUT: dx}.items():  # NaN and infinity would pass through the bounds below
         _require(bool(np.isfinite(gradient).all()), f"gradient by {name} is not finite")
     directions = [*_parameter_directions(mean, check), *_input_directions(exact, x, check)]
@@ -202,8 +162,8 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resol
 
 def _check_density(judged: NICE, exact: NICE, x: Floats) -> Floats:
     """log_prob must be the prior's log-density of forward(x) plus its log-determinant -> log_prob : (n,)."""
-    log_prob = np.asarray(judged.log_prob(x))
-    h, log_det = exact.forward(x)
+    log_prob = np.asarray(judged.log_prob(*_arguments(judged, x)))
+    h, log_det = exact.forward(*_arguments(exact, x))
     if exact.spec.prior == "gaussian":
         terms = -(h**2 + np.log(2 * np.pi)) / 2
     else:
@@ -217,7 +177,7 @@ def _check_density(judged: NICE, exact: NICE, x: Floats) -> Floats:
 
 
 def _slopes(
-    judged: NICE, x: Floats, dx: Floats, directions: list[_Direction], mean: Parameters
+    judged: NICE, x: Floats, dx: Floats, directions: list[Direction], mean: Parameters
 ) -> tuple[Floats, list[float]]:
     """Directional derivatives of each row's log_prob by the flow's gradients -> (n, c); and the gradients' squared
     norms, mean over rows: of the parameters' and of the inputs'.
@@ -228,7 +188,7 @@ def _slopes(
     slopes, total = np.empty((n, len(directions))), {name: np.zeros(g.shape) for name, g in mean.items()}
     square = 0.0
     for i in range(n):
-        gradients = judged.loss_and_gradients(x[i : i + 1])[1]
+        gradients = judged.loss_and_gradients(*_arguments(judged, x[i : i + 1]))[1]
         square += sum(float((g**2).sum()) for g in gradients.values()) / n
         for name, gradient in gradients.items():
             total[name] += gradient / n
@@ -238,12 +198,12 @@ def _slopes(
         gap = float(np.linalg.norm(gradient - total[name]))
         _require(gap**2 <= 1e-20 * square, f"gradient by {name} is not the mean of the rows' (off by {gap:.3g})")
     inputs = [c for c, direction in enumerate(directions) if direction.name == INPUT]
-    share = x.shape[1] / len(inputs)  # of a sample of the inputs
+    share = judged.n_features / len(inputs)  # of a sample of the inputs
     return slopes, [square, float((slopes[:, inputs] ** 2).sum(axis=1).mean()) * max(1, share)]
 
 
 def _differences(
-    exact: NICE, x: Floats, dx: Floats, directions: list[_Direction], slopes: Floats, step: float
+    exact: NICE, x: Floats, dx: Floats, directions: list[Direction], slopes: Floats, step: float
 ) -> tuple[Floats, Floats]:
     """Fourth-order central differences of each row's log_prob along each direction : (n, c), and their steps, 0 for
     rows left out. Slopes by the inputs are written anew, along the steps as they were rounded in data space.
@@ -269,7 +229,7 @@ def _differences(
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
                 use &= (units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
-                difference += weight * np.asarray(moved.log_prob(at)) / (12 * h)
+                difference += weight * np.asarray(moved.log_prob(*_arguments(moved, at))) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
             if direction.name == INPUT:
@@ -281,7 +241,7 @@ def _differences(
     return out, steps
 
 
-def _parameter_directions(gradients: Parameters, check: _Check) -> Iterator[_Direction]:
+def _parameter_directions(gradients: Parameters, check: Check) -> Iterator[Direction]:
     """Entries (all, or the same share of every array), each array's own gradient, and a random direction of each."""
     everything = sum(g.size for g in gradients.values()) <= check.max_checks
     share = max(1, check.max_checks // len(gradients))
@@ -289,23 +249,24 @@ def _parameter_directions(gradients: Parameters, check: _Check) -> Iterator[_Dir
         count = gradient.size if everything else min(share, gradient.size)
         for entry in np.sort(check.rng.choice(gradient.size, count, replace=False)):
             index = ", ".join(str(int(i)) for i in np.unravel_index(entry, gradient.shape))
-            yield _Direction(name, f"{name}[{index}]", int(entry))
+            yield Direction(name, f"{name}[{index}]", int(entry))
         size = float(np.linalg.norm(gradient))
         if size > 0:
-            yield _Direction(name, f"{name} along its gradient", gradient / size)
+            yield Direction(name, f"{name} along its gradient", gradient / size)
         random = check.rng.standard_normal(gradient.shape)
-        yield _Direction(name, f"{name} along a random direction", random / np.linalg.norm(random))
+        yield Direction(name, f"{name} along a random direction", random / np.linalg.norm(random))
 
 
-def _input_directions(exact: NICE, x: Floats, check: _Check) -> Iterator[_Direction]:
+def _input_directions(exact: NICE, x: Floats, check: Check) -> Iterator[Direction]:
     """Unit vectors of the flow's input space, as they look in data space: columns of data may differ in scale."""
     d = exact.n_features
     for entry in np.sort(check.rng.choice(d, min(d, check.max_checks), replace=False)):
         unit = np.where(np.arange(d) == entry, 1.0, 0.0)
-        yield _Direction(INPUT, f"{INPUT}[{entry}]", _from_inputs(exact, unit, x), unit)
+        yield Direction(INPUT, f"{INPUT}[{entry}]", _with_context(exact, _from_inputs(exact, unit, x)), unit)
     random = check.rng.standard_normal(d)
     random /= np.linalg.norm(random)
-    yield _Direction(INPUT, f"{INPUT} along a random direction", _from_inputs(exact, random, x), random)
+    along = _with_context(exact, _from_inputs(exact, random, x))
+    yield Direction(INPUT, f"{INPUT} along a random direction", along, random)
 
 
 # --- float32, log-determinant ------------------------
@@ -314,16 +275,20 @@ def _input_directions(exact: NICE, x: Floats, check: _Check) -> Iterator[_Direct
 def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
     margin = margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
-    rows = x[margin > SINGLE_MARGIN] if (margin > SINGLE_MARGIN).any() else x[[int(np.argmax(margin))]]
-    pairs = {INPUT: (flow.grad_log_prob(rows), exact.grad_log_prob(rows))}
-    single, double = flow.loss_and_gradients(rows)[1], exact.loss_and_gradients(rows)[1]
+    looser = TF32 if flow.spec.precision == "tf32" else 1
+    rtol, far = looser * SINGLE_RTOL, (500 if looser > 1 else 1) * SINGLE_MARGIN
+    clear = x[margin > far] if (margin > far).any() else x[[int(np.argmax(margin))]]
+    rows = _arguments(flow, clear)
+    pairs = {INPUT: (flow.grad_log_prob(*rows), exact.grad_log_prob(*rows))}
+    single, double = flow.loss_and_gradients(*rows)[1], exact.loss_and_gradients(*rows)[1]
     pairs |= {name: (single[name], double[name]) for name in double}
     floor = 1e-6 * float(np.sqrt(sum(np.linalg.norm(g) ** 2 for g in double.values())))
-    gap = np.abs(flow.log_prob(rows) - exact.log_prob(rows)) / (flow.n_features + np.abs(exact.log_prob(rows)))
-    _require(bool((gap <= SINGLE_RTOL).all()), f"log_prob in float32 differs from float64 by {gap.max():.3g} relative")
-    for name, (got, expected) in pairs.items():
-        miss, size = float(np.linalg.norm(got - expected)), float(np.linalg.norm(expected))
-        close = miss <= SINGLE_RTOL * size + floor
+    expected = exact.log_prob(*rows)
+    gap = np.abs(flow.log_prob(*rows) - expected) / (flow.n_features + np.abs(expected))
+    _require(bool((gap <= rtol).all()), f"log_prob in float32 differs from float64 by {gap.max():.3g} relative")
+    for name, (got, wanted) in pairs.items():
+        miss, size = float(np.linalg.norm(got - wanted)), float(np.linalg.norm(wanted))
+        close = miss <= rtol * size + looser * floor
         _require(close, f"gradient by {name} in float32 is {miss:.3g} off that in float64, whose norm is {size:.3g}")
 
 
@@ -333,10 +298,11 @@ def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     basis = _from_inputs(exact, np.eye(d), row[None])  # (d, d): unit vectors of input space in data space
     jacobian = np.empty((d, d))
     for start in range(0, d, 512):
-        part = step * basis[start : start + 512]
-        jacobian[start : start + 512] = (exact.forward(row + part)[0] - exact.forward(row - part)[0]) / (2 * step)
+        part = step * _with_context(exact, basis[start : start + 512])
+        ends = [exact.forward(*_arguments(exact, row + sign * part))[0] for sign in (1, -1)]
+        jacobian[start : start + 512] = (ends[0] - ends[1]) / (2 * step)
     expected = float(np.linalg.slogdet(jacobian)[1] - np.linalg.slogdet(basis)[1])
-    log_det = float(exact.forward(row)[1])
+    log_det = float(exact.forward(*_arguments(exact, row))[1])
     error = abs(log_det - expected)
     _require(error <= 1e-5 * d, f"log_det is {log_det:.9g}, but slogdet of the numerical Jacobian is {expected:.9g}")
     return error
@@ -344,8 +310,9 @@ def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
 
 def _check_inverse(exact: NICE, x: Floats) -> None:
     """inverse must undo forward, and have the opposite log-determinant."""
-    h, log_det = exact.forward(x)
-    back, opposite = exact.inverse(h)
+    x, *given = _arguments(exact, x)
+    h, log_det = exact.forward(x, *given)
+    back, opposite = exact.inverse(h, *given)
     miss, allowed = float(np.abs(back - x).max()), 1e-7 * (1 + float(np.abs(x).max()))
     _require(miss <= allowed, f"inverse does not undo forward: off by {miss:.3g}")
     gap = float(np.abs(opposite + log_det).max())
@@ -364,13 +331,26 @@ def _require(condition: bool, message: str) -> None:
 
 def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
     double = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
-    spec = replace(flow.spec, dtype="float64")
-    return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, backend=flow.backend)
+    spec = replace(flow.spec, dtype="float64", precision="full")
+    return type(flow).from_spec(spec, double, flow.preprocessing, flow.info, context=flow.context, backend=flow.backend)
+
+
+def _arguments(flow: NICE, x: Floats) -> tuple[Floats, ...]:
+    """x : (..., d + k) -> what a flow's methods take: the rows and, if it has one, their context."""
+    d = flow.n_features
+    return (x,) if flow.context is None else (x[..., :d], x[..., d:])
+
+
+def _with_context(flow: NICE, vectors: Floats) -> Floats:
+    """Vectors of data space (..., d) among rows with their context: (..., d + k), 0 there."""
+    return np.concatenate([vectors, np.zeros((*vectors.shape[:-1], flow.spec.n_context))], axis=-1)
 
 
 def _to_inputs(flow: NICE, x: Floats) -> Floats:
-    """Data space to the flow's input space."""
-    return np.asarray(apply_steps(flow.preprocessing, x)[0])
+    """x : (n, d + k) -> what networks read: rows after the flow's preprocessing, and the scaled context."""
+    rows, *given = _arguments(flow, x)
+    z = np.asarray(apply_steps(flow.preprocessing, rows)[0])
+    return z if flow.context is None else np.hstack([z, flow.context.scaled(given[0])])
 
 
 def _affine(flow: NICE) -> bool:
@@ -378,9 +358,9 @@ def _affine(flow: NICE) -> bool:
 
 
 def _from_inputs(flow: NICE, vectors: Floats, x: Floats) -> Floats:
-    """Vectors (differences, not points) of input space in data space, at rows x : (n, d) if steps are not affine."""
+    """Vectors (differences, not points) of input space in data space, at rows x if steps are not affine."""
     if not _affine(flow):
-        z, h = _to_inputs(flow, x), 1e-5
+        z, h = _to_inputs(flow, x)[:, : flow.n_features], 1e-5
         ends = (undo_steps(flow.preprocessing, z + sign * h * vectors)[0] for sign in (1, -1))
         return np.asarray(np.subtract(*ends) / (2 * h))
     moved, origin = vectors, np.zeros_like(vectors)
@@ -389,8 +369,9 @@ def _from_inputs(flow: NICE, vectors: Floats, x: Floats) -> Floats:
     return moved - origin
 
 
-def _moved_inputs(flow: NICE, x: Floats, z: Floats, direction: _Direction, h: float) -> Floats:
-    """x : (n, d) moved by h along a direction of input space, in which the rows are z : (n, d)."""
+def _moved_inputs(flow: NICE, x: Floats, z: Floats, direction: Direction, h: float) -> Floats:
+    """x : (n, d + k) moved by h along a direction of input space, in which the rows are z : (n, d + k)."""
     if direction.unit is None or _affine(flow):
         return direction.moved(x, h)
-    return np.asarray(undo_steps(flow.preprocessing, z + h * direction.unit)[0])
+    d = flow.n_features
+    return np.hstack([undo_steps(flow.preprocessing, z[:, :d] + h * direction.unit)[0], x[:, d:]])

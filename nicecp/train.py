@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nicecp.decay import WeightDecay, check_decay, rate_factor
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
 from nicecp.extras import Extras
+from nicecp.feed import Fed, Feed
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
@@ -24,7 +26,7 @@ from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
-from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
+from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split
 
 logger = logging.getLogger("nicecp")
 
@@ -37,7 +39,9 @@ UPDATE_BY_LAYER = 2**17
 class TrainConfig:
     """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
 
-    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS.
+    device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
+    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS. schedule, weight_decay: of the
+    learning rate and of the networks' weights, see nicecp.decay.
     """
 
     epochs: int = 100
@@ -47,8 +51,12 @@ class TrainConfig:
     seed: int = 0
     window: int = SHUFFLE_WINDOW
     activations: str = "store"
+    device_memory_limit: int | None = None
+    schedule: str = "constant"
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        check_decay(self.schedule, self.weight_decay)
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "seed"):
@@ -135,19 +143,20 @@ class Trainer:
         host = np.zeros(Slot.SIZE)
         config.optimizer.write(host)
         backend.copy_in(self.state, host)
-        self.best[...] = self.p
+        backend.assign(self.best, self.p)
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
+        self._decay: WeightDecay | None = None
+        if config.weight_decay:
+            decay = config.optimizer.rate * config.weight_decay
+            self._decay = WeightDecay(backend, network.layout, flow.spec.dtype, self.p, decay)
         self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
         self._loader = Loader(flow, config.batch_size)
         self._extras = Extras(flow, train.source)
         self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
-        # Steps read these two arrays at every window, so that a recorded step stays valid.
-        capacity = min(len(train), self.reader.window + config.batch_size)
-        self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
-        self._data: Array = None
-        self._window: Window | None = None
+        self._feed = Feed(backend, self.reader, config.device_memory_limit)
+        self._fed: Fed | None = None
         self._batches_left = 0
-        self._runnable: Callable[[], None] | None = None
+        self._steps: dict[int, Callable[[], None]] = {}  # recorded, for each slot of the feed
         self._recovery = Recovery(self)
         # Of all rows; an epoch leaves out less than a batch of them.
         self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
@@ -161,8 +170,10 @@ class Trainer:
         """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
         backend, ws = self.backend, self._ws
         seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
-        self._loader.load(ws, self._data, self._index, self._rows, self.state, seed, purpose)
-        self._extras.load(ws, self._rows, self.state)
+        fed = self._fed
+        assert fed is not None
+        self._loader.load(ws, fed.data, fed.index, fed.rows, self.state, seed, purpose)
+        self._extras.load(ws, fed.rows, self.state)
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER
@@ -174,8 +185,9 @@ class Trainer:
     def _check(self) -> None:
         """Before the first step of an epoch: can its batch be recomputed from what the flow makes of it?"""
         if self.config.activations == "recompute":
-            seed = self.config.seed
-            self._loader.load(self._ws, self._data, self._index, self._rows, self.state, seed, Purpose.TRAIN_NOISE)
+            seed, fed = self.config.seed, self._fed
+            assert fed is not None
+            self._loader.load(self._ws, fed.data, fed.index, fed.rows, self.state, seed, Purpose.TRAIN_NOISE)
             check_reconstruction(self.network, self._ws, self.views, self.record.epoch + 1)
 
     def step(self) -> None:
@@ -186,25 +198,25 @@ class Trainer:
                 self.record.epoch += 1
             if self.position == 0:
                 self._begin_epoch()
-            self._open(next(self.reader.epoch(self.record.epoch + 1, self.position)))
+            self._open(next(self._feed.epoch(self.record.epoch + 1, self.position)))
         self._next_batch()
 
     def _next_batch(self) -> None:
-        assert self._runnable is not None
-        self._runnable()
+        assert self._fed is not None
+        self._steps[self._fed.slot]()
+        if self._decay is not None:
+            self._decay.after_step()
         self._batches_left -= 1
         self.position += 1
 
-    def _open(self, window: Window) -> None:
-        """Make a window of rows the one that steps read."""
-        count = len(window.index)
-        self.backend.copy_in(self._index[:count], window.index)
-        self.backend.copy_in(self._rows[:count], window.rows)
+    def _open(self, fed: Fed) -> None:
+        """Make these rows the ones that steps read."""
+        if self._decay is not None:
+            self._decay.begin(self._rate_factor(self.record.epoch + 1))
         self._set(CURSOR=0.0)
-        if self._window is None or self._window.data is not window.data:
-            self._data = self.backend.asarray(window.data)
-            self._runnable = self.backend.record(self._step)
-        self._window, self._batches_left = window, window.n_batches
+        self._fed, self._batches_left = fed, fed.n_batches
+        if fed.fresh or fed.slot not in self._steps:
+            self._steps[fed.slot] = self.backend.record(self._step)
         self._recovery.window_opened()
 
     def _set(self, **slots: float) -> None:
@@ -245,7 +257,7 @@ class Trainer:
             while not self.finished and not self._stop:
                 self._run_epoch()
         if self.finished:
-            self.p[...] = self.best
+            self.backend.assign(self.p, self.best)
             if self.record.best_epoch == 0:
                 problem = "no epoch had a finite validation log-likelihood"
                 raise TrainingError(f"{problem}; lower the learning rate (--lr) or look at the data")
@@ -255,14 +267,20 @@ class Trainer:
         epoch = self.record.epoch + 1
         momentum = self.config.optimizer.momentum_at(epoch)
         self._set(EPOCH=float(epoch), MOMENTUM=momentum, LOG_PROB_SUM=0.0, WEIGHT_SUM=0.0)
+        if epoch > 1 and self.config.schedule != "constant":  # as a ratio: recovery may have lowered the rate
+            rate = float(self.backend.copy_out(self.state)[Slot.RATE])
+            self._set(RATE=rate * self._rate_factor(epoch) / self._rate_factor(epoch - 1))
         self._epoch_seconds = 0.0
+
+    def _rate_factor(self, epoch: int) -> float:
+        return rate_factor(self.config.schedule, epoch, self.config.epochs)
 
     def _run_epoch(self) -> None:
         started = time.perf_counter()
         if self.position == 0:
             self._begin_epoch()
-        for count, window in enumerate(self.reader.epoch(self.record.epoch + 1, self.position)):
-            self._open(window)
+        for count, fed in enumerate(self._feed.epoch(self.record.epoch + 1, self.position)):
+            self._open(fed)
             if count == 0:
                 self._check()
             while self._batches_left:
@@ -295,7 +313,7 @@ class Trainer:
         self.record.epoch = epoch
         best = self.record.best_valid_log_likelihood
         if self._evaluator is None or (math.isfinite(valid) and not valid <= best):  # at first best is NaN
-            self.best[...] = self.p
+            self.backend.assign(self.best, self.p)
             self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
             self.stale_epochs = 0
         else:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nicecp.bounded import moments_after
 from nicecp.data import column_stats
 from nicecp.errors import DataError, about_file
+from nicecp.kernels import get_backend
 from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
 from nicecp.loading import loading
 from nicecp.optimizers import RMSProp
@@ -55,6 +56,8 @@ def whitening_step(
         raise ValueError(f"regularization is for whitening by zca or gaussian, got {regularization} with {kind!r}")
     if kind == "none":
         return ()
+    if backend.device != "cpu":
+        backend = get_backend("cpu")  # linear algebra in float64, by NumPy
     host, steps = host_part(steps), device_part(steps)
     train = presented(train, host, seed)
     valid = None if valid is None else presented(valid, host, seed)
@@ -69,7 +72,8 @@ def whitening_step(
 
 
 def moments(split: Split, steps: tuple[Step, ...] = ()) -> tuple[FloatArray, FloatArray]:
-    """Mean (d,) and covariance (d, d, divided by the number of rows) of a split's rows after ``steps``, float64.
+    """Mean (d,) and covariance (d, d, divided by the number of rows) of a split's rows after ``steps``, float64; of
+    rows with weights the weighted ones.
 
     Two passes in blocks. Without a logit the dequantization noise is accounted for exactly, with one it is drawn.
     Raises DataError as column_stats, ValueError for steps that mix features.
@@ -81,13 +85,16 @@ def moments(split: Split, steps: tuple[Step, ...] = ()) -> tuple[FloatArray, Flo
         raise ValueError("moments are those of data without whitening")
     d, stats = split.source.n_features, column_stats(split)
     eight_bit = bool(steps) and isinstance(steps[0], Dequantize)
-    total = np.zeros((d, d))
+    weight, total, size = split.source.weight, np.zeros((d, d)), 0.0
     step = max(1, _BLOCK_ELEMENTS // (1024 * d))
     for first in range(0, split.n_blocks, step):
-        block = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))[0].astype(np.float64)
+        data, rows = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
+        block = data.astype(np.float64)
         block -= stats.mean
-        total += block.T @ block
-    total /= stats.count
+        w = None if weight is None else weight[rows]
+        total += block.T @ (block if w is None else block * w[:, None])
+        size += len(rows) if w is None else float(w.sum())
+    total /= size
     if not eight_bit:
         return (stats.mean - shift) * scale, total * np.outer(scale, scale)
     bin_width = scale / 256
@@ -246,18 +253,25 @@ class _Learner:
         for window in self._reader.epoch(epoch):
             self._at(epoch, 0, momentum)
             data, index, rows = (backend.asarray(a) for a in (window.data, window.index, window.rows))
-            for _ in range(window.n_batches):
+            for i in range(window.n_batches):
                 x = self._load(n, data, index, rows, Purpose.TRAIN_NOISE)
                 z = x @ lower.T + bias
-                gradient = np.tril(z.T @ x) / n  # of -mean log-likelihood
+                w = self._shares(self._reader.split, window.rows[i * n : (i + 1) * n])
+                gradient = np.tril((z * w[:, None]).T @ x)  # of -mean log-likelihood
                 gradient[diagonal, diagonal] -= 1.0 / lower[diagonal, diagonal]
                 self._g[: d * d] = gradient.ravel()
-                self._g[d * d :] = z.mean(axis=0)
+                self._g[d * d :] = w @ z
                 size = d * d + d
                 backend.update(
                     self._p, self._g, self._m, self._v, 0, size, self._state, OPTIMIZERS[self._optimizer.kind]
                 )
                 backend.advance(self._state)
+
+    def _shares(self, split: Split, rows: NDArray[np.int64]) -> FloatArray:
+        """(n,) what each of these rows of the file counts in their mean; padding, which is negative, nothing."""
+        weight = split.source.weight
+        w = np.where(rows >= 0, 1.0 if weight is None else weight[np.maximum(rows, 0)], 0.0)
+        return np.asarray(w / w.sum())
 
     def _at(self, epoch: int, cursor: int, momentum: float) -> None:
         def change(host: FloatArray) -> None:
@@ -267,19 +281,21 @@ class _Learner:
 
     def score(self, split: Split, epoch: int) -> float:
         """Mean log-likelihood in the space after the steps before whitening, nats per row."""
-        lower, bias = self.parameters()
+        (lower, bias), weight = self.parameters(), split.source.weight
         reader = SequentialReader(split, min(1000, len(split)))
-        total, momentum = 0.0, self._optimizer.momentum_at(epoch)
+        total, sizes, momentum = 0.0, 0.0, self._optimizer.momentum_at(epoch)
         for window in reader:
             data, index, rows = (self._backend.asarray(a) for a in (window.data, window.index, window.rows))
             for i in range(window.n_batches):
                 self._at(epoch, i, momentum)
                 x = self._load(reader.batch_size, data, index, rows, split.purpose)
-                seen = window.index[i * reader.batch_size : (i + 1) * reader.batch_size] >= 0
-                z = x[seen] @ lower.T + bias
-                total -= 0.5 * float(np.square(z).sum())
+                numbers = window.rows[i * reader.batch_size : (i + 1) * reader.batch_size]
+                z = x[numbers >= 0] @ lower.T + bias
+                size = float(weight[numbers[numbers >= 0]].sum()) if weight is not None else len(z)
+                total -= 0.5 * size * float(self._shares(split, numbers[numbers >= 0]) @ np.square(z).sum(axis=1))
+                sizes += size
         log_det = float(np.log(np.abs(np.diagonal(lower))).sum() - np.log(self._deviation).sum())
-        return total / len(split) + log_det - 0.5 * self._d * math.log(2 * math.pi)
+        return total / sizes + log_det - 0.5 * self._d * math.log(2 * math.pi)
 
     def parameters(self) -> tuple[FloatArray, FloatArray]:
         """Copies of L : (d, d) and b : (d,), of standardised values."""

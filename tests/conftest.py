@@ -20,23 +20,36 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(sign
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
 
+GPU = "cuda"  # the real one: `make test-gpu`
+
 # Every way of running the kernels: add a line here and the whole contract is checked on it.
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "numba": lambda: get_backend("cpu", threads=1),
     "numba-2-threads": lambda: get_backend("cpu", threads=2),
     "cuda-emulated": lambda: CudaBackend(EmulatedDriver()),
-    "cuda-emulated-backward": lambda: CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)),
+    "cuda-emulated-backward": lambda: CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")),
+    GPU: lambda: get_backend("cuda"),
 }
+LARGE = 500_000  # numbers in an array, for an emulated device
 
 
 @functools.cache
 def make_backend(name: str) -> Backend:
     if "emulated" in name and build.compiler() is None:
-        pytest.skip("g++ is not installed: the CUDA kernels are not run")
+        pytest.skip(build.MISSING)
     return BACKENDS[name]()
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Emulated threads cost more than real ones: their largest arrays are slow tests."""
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "emulated" in str(given.get("backend")) and given.get("n", 0) * given.get("d", 0) > LARGE:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == GPU)) for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return make_backend(request.param)
 

@@ -59,12 +59,12 @@ def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
     return out
 
 
-def kink_distance(spec: ModelSpec, parameters: dict[str, F64], z: F64) -> F64:
-    """z : (n, d) -> (n,): how far each row's nearest ReLU is from its kink."""
+def kink_distance(spec: ModelSpec, parameters: dict[str, F64], z: F64, context: F64 | None = None) -> F64:
+    """z : (n, d), context : (n, k) -> (n,): how far each row's nearest ReLU is from its kink."""
     distance = np.full(len(z), np.inf)
     parts = oracle.parts_of(z, oracle.order_of(spec))
     for k, c in enumerate(spec.couplings):
-        outputs = oracle.network(parameters, k, parts[c.conditions_on])
+        outputs = oracle.network(parameters, k, oracle.beside(parts[c.conditions_on], context))
         for x, (w, b) in zip(outputs[:-2], oracle.layers(parameters, k)[:-1], strict=True):
             distance = np.minimum(distance, np.abs(x @ w + b).min(axis=1))
         parts[c.transforms] = oracle.couple(c.law, parts[c.transforms], outputs[-1])[0]

@@ -304,43 +304,52 @@ def couple_backward(law: str, dy: F64, dlog_det: F64, x: F64, m: F64) -> tuple[F
     return dx, np.hstack([du, dy]) if law == "affine" else du
 
 
-def forward(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> tuple[NDArray[Any], Any]:
-    """x : (n, d) -> h : (n, d), log abs det : (n,): sections 3.2 and 3.3."""
+def beside(part: NDArray[Any], context: F64 | None) -> NDArray[Any]:
+    """What a network reads: (n, d_c), and a context (n, k) behind it."""
+    return part if context is None else np.concatenate([part, context], axis=1)
+
+
+def forward(
+    spec: ModelSpec, parameters: Parameters, x: NDArray[Any], context: F64 | None = None
+) -> tuple[NDArray[Any], Any]:
+    """x : (n, d), context : (n, k) scaled -> h : (n, d), log abs det : (n,): sections 3.2 and 3.3."""
     parts, log_det = parts_of(x, order_of(spec)), 0.0
     for k, c in enumerate(spec.couplings):
-        m = network(parameters, k, parts[c.conditions_on])[-1]
+        m = network(parameters, k, beside(parts[c.conditions_on], context))[-1]
         parts[c.transforms], more = couple(c.law, parts[c.transforms], m)
         log_det = log_det + more
     s = parameters["scaling/log_scale"]
     return whole_of(parts, order_of(spec)) * np.exp(s), log_det + s.sum()
 
 
-def inverse(spec: ModelSpec, parameters: Parameters, h: NDArray[Any]) -> NDArray[Any]:
+def inverse(spec: ModelSpec, parameters: Parameters, h: NDArray[Any], context: F64 | None = None) -> NDArray[Any]:
     y = h * np.exp(-parameters["scaling/log_scale"])
     parts = parts_of(y, order_of(spec))
     for k, c in reversed(list(enumerate(spec.couplings))):
-        m = network(parameters, k, parts[c.conditions_on])[-1]
+        m = network(parameters, k, beside(parts[c.conditions_on], context))[-1]
         parts[c.transforms] = couple(c.law, parts[c.transforms], m, -1)[0]
     return whole_of(parts, order_of(spec))
 
 
-def log_prob(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> NDArray[Any]:
+def log_prob(spec: ModelSpec, parameters: Parameters, x: NDArray[Any], context: F64 | None = None) -> NDArray[Any]:
     """x : (n, d) -> (n,) nats."""
-    h, log_det = forward(spec, parameters, x)
+    h, log_det = forward(spec, parameters, x, context)
     return log_prior(h, spec.prior).sum(axis=1) + log_det
 
 
-def mean_loss(spec: ModelSpec, parameters: Parameters, x: NDArray[Any]) -> Any:
-    return -log_prob(spec, parameters, x).mean()
+def mean_loss(spec: ModelSpec, parameters: Parameters, x: NDArray[Any], context: F64 | None = None) -> Any:
+    return -log_prob(spec, parameters, x, context).mean()
 
 
-def gradients(spec: ModelSpec, parameters: Parameters, x: F64) -> tuple[dict[str, F64], F64]:
+def gradients(
+    spec: ModelSpec, parameters: Parameters, x: F64, context: F64 | None = None
+) -> tuple[dict[str, F64], F64]:
     """By hand: -> d mean_loss / d parameters by name, d log_prob(x_i) / d x_i : (n, d)."""
     n = len(x)
     parts = parts_of(x, order_of(spec))
     saved, before = [], []
     for k, c in enumerate(spec.couplings):
-        saved.append(network(parameters, k, parts[c.conditions_on]))
+        saved.append(network(parameters, k, beside(parts[c.conditions_on], context)))
         before.append(parts[c.transforms])
         parts[c.transforms] = couple(c.law, before[-1], saved[-1][-1])[0]
     s = parameters["scaling/log_scale"]
@@ -357,11 +366,13 @@ def gradients(spec: ModelSpec, parameters: Parameters, x: F64) -> tuple[dict[str
             dz, grads[f"{name}/weight"], grads[f"{name}/bias"], _ = dense_backward(
                 dz, y_j, x_j, pairs[j][0], rectify=j < len(pairs) - 1
             )
-        dparts[c.conditions_on] = dparts[c.conditions_on] + dz
+        dparts[c.conditions_on] = dparts[c.conditions_on] + dz[:, : dparts[c.conditions_on].shape[1]]
     return grads, -n * whole_of(dparts, order_of(spec))
 
 
-def complex_step(spec: ModelSpec, parameters: Parameters, x: F64, epsilon: float = 1e-40) -> tuple[dict[str, F64], F64]:
+def complex_step(
+    spec: ModelSpec, parameters: Parameters, x: F64, context: F64 | None = None, epsilon: float = 1e-40
+) -> tuple[dict[str, F64], F64]:
     """The same two gradients by complex step, one entry at a time."""
     grads = {}
     for name, value in parameters.items():
@@ -369,11 +380,11 @@ def complex_step(spec: ModelSpec, parameters: Parameters, x: F64, epsilon: float
         for entry in np.ndindex(value.shape):
             moved = value.astype(complex)
             moved[entry] += 1j * epsilon
-            grad[entry] = mean_loss(spec, {**parameters, name: moved}, x).imag / epsilon
+            grad[entry] = mean_loss(spec, {**parameters, name: moved}, x, context).imag / epsilon
         grads[name] = grad
     dx = np.empty(x.shape)
     for column in range(x.shape[1]):  # rows are independent: one column moves in all of them
         moved = x.astype(complex)
         moved[:, column] += 1j * epsilon
-        dx[:, column] = log_prob(spec, parameters, moved).imag / epsilon
+        dx[:, column] = log_prob(spec, parameters, moved, context).imag / epsilon
     return grads, dx

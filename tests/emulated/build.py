@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -23,14 +24,16 @@ HEADERS = ("device.h", "language.h")
 # No contraction: the CPU's numbers have none. Alignment and aliasing are the kernels' business, and are as in CUDA.
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 
+MISSING = "the CUDA kernels are not run: g++ is not installed, or this is not Linux"
+
 
 class EmulationError(AssertionError):
     """A kernel did what it must not do; the message says where. An AssertionError: it is what tests look for."""
 
 
 def compiler() -> str | None:
-    """The path of g++, or None."""
-    return shutil.which("g++")
+    """The path of g++ on Linux, or None: elsewhere the name may be another compiler's, and shared memory needs ELF."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 def cache_folder() -> Path:
@@ -51,7 +54,7 @@ def build(text: str, kernels: Sequence[str], flush: bool) -> ctypes.CDLL:
     if not library.exists():
         path = compiler()
         if path is None:
-            raise FileNotFoundError("g++ is not installed")
+            raise FileNotFoundError(MISSING)
         made = library.with_suffix(f".{os.getpid()}")
         command = [path, *FLAGS, "-I", str(HERE), "-x", "c++", "-", "-o", str(made)]
         done = subprocess.run(command, input=whole, text=True, capture_output=True)

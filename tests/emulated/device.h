@@ -1,7 +1,7 @@
 // CUDA C++ on one CPU thread, for tests: g++ compiles the kernels' own text behind this one.
 //
 // Every CUDA thread of a block is a fiber with a stack of its own, so that barriers and warp operations stop it halfway.
-// Fibers take turns in an order that the caller chooses; blocks follow one another. A thread that ends without having
+// Lanes of a warp, warps and blocks take turns in an order that the caller chooses. A thread that ends without having
 // stopped leaves its stack to the next one: kernels without barriers cost hardly more than loops.
 #pragma once
 #include <csetjmp>
@@ -41,7 +41,7 @@ struct Fiber {
 static Fiber fibers[MOST_THREADS];
 static uint64_t taken[MOST_THREADS];  // what lanes gave when their warp operation was complete
 static char* spare[MOST_THREADS];
-static int turns[MOST_THREADS];  // the order in which threads of a block take turns
+static int lane_order[LANES], warp_order[MOST_THREADS / LANES];  // in which they take turns
 static int spares, current;
 static void* scheduler_sp;
 static char message[400];
@@ -171,23 +171,16 @@ static bool broken(const char* what, int line) {
 }
 
 // A warp operation with a full mask is complete when all lanes of the warp stand at it.
-static bool complete_warps(int threads) {
-    bool any = false;
-    for (int first = 0; first < threads; first += LANES) {
-        const Fiber& leader = fibers[first];
-        bool all = leader.state == State::at_warp && first + LANES <= threads;
-        for (int lane = 0; lane < LANES && all; ++lane) {
-            const Fiber& other = fibers[first + lane];
-            all = other.state == State::at_warp && other.site == leader.site;
-        }
-        if (!all) continue;
-        for (int lane = first; lane < first + LANES; ++lane) {
-            taken[lane] = fibers[lane].given;
-            fibers[lane].state = State::ready;
-        }
-        any = true;
+static bool complete_warp(int first, int threads) {
+    const Fiber& leader = fibers[first];
+    if (leader.state != State::at_warp || first + LANES > threads) return false;
+    for (int i = first; i < first + LANES; ++i)
+        if (fibers[i].state != State::at_warp || fibers[i].site != leader.site) return false;
+    for (int i = first; i < first + LANES; ++i) {
+        taken[i] = fibers[i].given;
+        fibers[i].state = State::ready;
     }
-    return any;
+    return true;
 }
 
 // All threads stand still: at one barrier, or something is wrong.
@@ -222,22 +215,29 @@ static uint64_t in_order(uint64_t k, uint64_t count, unsigned schedule) {
     return (k * step + schedule) % count;
 }
 
+// A warp runs until it stands at a barrier or has ended, and then the next one does: as far ahead of one another as the
+// barriers allow, which shows a barrier that is missing.
+static void run_warp(int first, int threads) {
+    const int lanes = threads - first < LANES ? threads - first : LANES;
+    bool more = true;
+    while (more) {
+        for (int k = 0; k < lanes; ++k) {
+            const int i = first + (lanes == LANES ? lane_order[k] : k);
+            if (fibers[i].state == State::ready || fibers[i].state == State::fresh) turn(i);
+        }
+        more = complete_warp(first, threads);
+    }
+}
+
 static bool run_block(int threads) {
     if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
     for (int i = 0; i < threads; ++i) fibers[i].state = State::fresh;
+    const int warps = (threads + LANES - 1) / LANES;
     for (;;) {
-        bool ran = false;
+        for (int k = 0; k < warps; ++k) run_warp(warp_order[k] * LANES, threads);
         int done = 0;
-        for (int k = 0; k < threads; ++k) {
-            const int i = turns[k];
-            if (fibers[i].state == State::ready || fibers[i].state == State::fresh) {
-                turn(i);
-                ran = true;
-            }
-            done += fibers[i].state == State::done;
-        }
+        for (int i = 0; i < threads; ++i) done += fibers[i].state == State::done;
         if (done == threads) return true;
-        if (complete_warps(threads) || ran) continue;
         if (!pass_barrier(threads)) return false;
     }
 }
@@ -261,10 +261,11 @@ static bool run_grid(const unsigned* grid, const unsigned* block, unsigned sched
     blockDim = {block[0], block[1], block[2]};
     const unsigned threads = block[0] * block[1] * block[2];
     if (threads < 1 || threads > MOST_THREADS) return broken("a block of no or too many threads", 0);
-    for (unsigned i = 0; i < threads; ++i) {
+    for (unsigned i = 0; i < threads; ++i)
         fibers[i].index = {i % block[0], i / block[0] % block[1], i / (block[0] * block[1])};
-        turns[i] = static_cast<int>(in_order(i, threads, schedule));
-    }
+    const unsigned warps = (threads + LANES - 1) / LANES;
+    for (unsigned i = 0; i < LANES; ++i) lane_order[i] = static_cast<int>(in_order(i, LANES, schedule));
+    for (unsigned i = 0; i < warps; ++i) warp_order[i] = static_cast<int>(in_order(i, warps, schedule));
     const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
     for (uint64_t k = 0; k < blocks; ++k) {
         const uint64_t b = in_order(k, blocks, schedule);
@@ -288,7 +289,9 @@ static int run(const unsigned* grid, const unsigned* block, unsigned schedule, b
 #endif
     volatile bool fine = false;
     if (sigsetjmp(outside, 0) == 0) fine = run_grid(grid, block, schedule);
-    else broken("memory outside of an array, in a thread that last stopped at", fibers[current].line);
+    else
+        snprintf(message, sizeof message, "memory outside of an array, thread (%u, %u, %u), block (%u, %u, %u)",
+                 threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z);
 #if defined(__SSE__)
     _mm_setcsr(control);
 #endif

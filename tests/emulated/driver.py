@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,6 +18,14 @@ from tests.emulated.build import EmulatedKernel, EmulationError
 from tests.emulated.memory import Memory, guarded
 
 Work = Callable[[], None]
+EPILOGUES = ("none", "unmasked", "all")
+
+
+class _Block(NamedTuple):
+    token: int
+    lane: int
+    after: tuple[int, ...]
+    works: list[Work]
 
 
 class EmulatedDriver:
@@ -25,24 +33,28 @@ class EmulatedDriver:
 
     schedule : the order of threads and blocks, 0 forward, 1 backward, others mixed. late : side blocks run as late as
     they may, when somebody waits for them, instead of at once: what relies on anything in between is seen. epilogues :
-    whether products offer them. blocks : few, so that kernels stride.
+    which of EPILOGUES products offer. lanes : side streams. blocks : few, so that kernels stride.
     """
 
     name = "emulated"
     precision = "float32"
 
-    def __init__(self, schedule: int = 0, late: bool = False, epilogues: bool = False, blocks: int = 5) -> None:
-        self.schedule, self.late, self.epilogues, self.blocks = schedule, late, epilogues, blocks
+    def __init__(
+        self, schedule: int = 0, late: bool = False, epilogues: str = "none", lanes: int = 2, blocks: int = 5
+    ) -> None:
+        if epilogues not in EPILOGUES:
+            raise ValueError(f"epilogues must be one of {', '.join(EPILOGUES)}, got {epilogues!r}")
+        self.schedule, self.late, self.epilogues, self.lanes, self.blocks = schedule, late, epilogues, lanes, blocks
         self.launches = 0  # kernels and products, for tests that count
         self._kernels: dict[str, Kernel] = {}
         self._prepared: set[tuple[Any, ...]] = set()
         self._recorded: list[Work] | None = None  # during a capture
         self._side: list[Work] | None = None  # inside a side block
-        self._waiting: list[tuple[int, list[Work]]] = []  # side blocks that have not run yet
+        self._waiting: list[_Block] = []  # side blocks that have not run yet, in the order of their launches
         self._blocks = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return EmulatedDriver, (self.schedule, self.late, self.epilogues, self.blocks)
+        return EmulatedDriver, (self.schedule, self.late, self.epilogues, self.lanes, self.blocks)
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -62,6 +74,34 @@ class EmulatedDriver:
 
     def address(self, array: Array) -> int:
         return int(array.ctypes.data)
+
+    # --- the array library, and arrays of others --------------------------------------------------
+
+    xp = np
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        self.synchronize()
+        yield
+
+    def borrow(self, x: Any) -> Array:
+        raise EmulationError("nobody else has memory on this device")
+
+    def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
+        return self.alloc(shape, dtype)
+
+    def hand_over(self) -> None:
+        self.synchronize()
+
+    def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
+
+    def upload(self, dst: Array, src: NDArray[Any]) -> int:
+        self.to_device(dst, src)
+        return 0
+
+    def uploaded(self, token: int) -> None:
+        pass
 
     # --- work -------------------------------------------------------------------------------------
 
@@ -95,7 +135,10 @@ class EmulatedDriver:
         epilogue: Epilogue | None = None,
     ) -> bool:
         self._outside_a_capture("a product is prepared")
-        if epilogue is not None and not self.epilogues:
+        masked = isinstance(epilogue, MaskedBiasGradient) or (
+            isinstance(epilogue, ReluBias) and epilogue.mask is not None
+        )
+        if epilogue is not None and (self.epilogues == "none" or (masked and self.epilogues != "all")):
             return False
         self._prepared.add(_product(out, a, b, transpose_a, transpose_b, epilogue))
         return True
@@ -136,9 +179,11 @@ class EmulatedDriver:
         work()
 
     @contextmanager
-    def side(self) -> Iterator[int]:
+    def side(self, lane: int = 0, after: Sequence[int] = ()) -> Iterator[int]:
         if self._side is not None:
             raise EmulationError("a side block inside another one")
+        if not 0 <= lane < self.lanes:
+            raise EmulationError(f"there is no lane {lane}")
         self._blocks += 1
         token, works = self._blocks, list[Work]()
         self._side = works
@@ -146,12 +191,12 @@ class EmulatedDriver:
             yield token
         finally:
             self._side = None
-        self._submit(partial(self._begin, token, works))
+        self._submit(partial(self._begin, _Block(token, lane, tuple(after), works)))
 
-    def _begin(self, token: int, works: list[Work]) -> None:
-        self._waiting.append((token, works))
+    def _begin(self, block: _Block) -> None:
+        self._waiting.append(block)
         if not self.late:
-            self._catch_up(token)
+            self._catch_up(block.token)
 
     def wait(self, token: int) -> None:
         if self._side is not None:
@@ -159,9 +204,16 @@ class EmulatedDriver:
         self._submit(partial(self._catch_up, token))
 
     def _catch_up(self, token: int) -> None:
-        while self._waiting and self._waiting[0][0] <= token:
-            for work in self._waiting.pop(0)[1]:
-                work()
+        """Run a block, if it has not run, and before it what it comes after and the earlier ones of its lane."""
+        block = next((one for one in self._waiting if one.token == token), None)
+        if block is None:
+            return
+        self._waiting.remove(block)
+        earlier = [one.token for one in self._waiting if one.lane == block.lane and one.token < token]
+        for other in (*earlier, *block.after):
+            self._catch_up(other)
+        for work in block.works:
+            work()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         self._outside_a_capture("a capture begins")
@@ -181,7 +233,10 @@ class EmulatedDriver:
 
     def synchronize(self) -> None:
         self._outside_a_capture("the host waits")
-        self._catch_up(self._blocks)
+        for block in reversed(
+            list(self._waiting)
+        ):  # the latest first: those that it does not come after are later still
+            self._catch_up(block.token)
 
     def _outside_a_capture(self, what: str) -> None:
         if self._recorded is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from nicecp.kernels.backend import ALIGNMENT
 from tests.emulated.build import EmulationError
 
-_FILL = b"\xff"  # NaN as a floating-point number
+_marks = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -22,19 +23,28 @@ class Memory(np.ndarray[Any, Any]):
     """An array in guarded memory; its views and slices know the bytes between its end and the unreadable page.
 
     An array begins on an ALIGNMENT boundary, so up to ALIGNMENT - 1 bytes behind it can be touched without a fault:
-    they are NaN, and ``check`` sees when they no longer are.
+    they are NaN, of a kind that arithmetic changes and other arrays do not have, and ``check`` sees it.
     """
 
-    behind: NDArray[np.uint8] | None = None
+    behind: tuple[NDArray[np.uint8], bytes] | None = None  # the bytes, and what they should be
 
     def __array_finalize__(self, source: Any) -> None:
         self.behind = getattr(source, "behind", None)
 
     def check(self, kernel: str) -> None:
         """EmulationError if somebody wrote behind the end."""
-        if self.behind is not None and self.behind.tobytes().strip(_FILL):
-            self.behind[:] = _FILL[0]
+        if self.behind is None:
+            return
+        found, expected = self.behind
+        if found.tobytes() != expected:
+            found[:] = np.frombuffer(expected, np.uint8)
             raise EmulationError(f"{kernel}: memory behind an array was written")
+
+
+def _fill(room: int) -> NDArray[np.uint8]:
+    """Signalling NaN as float32 (even words) and as float64 (their pairs), another one for every array."""
+    mark = next(_marks) % 65535 + 1
+    return np.tile(np.array([0x7F810000 | mark, 0x7FF10000 | mark], np.uint32), room // 8).view(np.uint8)
 
 
 def guarded(shape: int | Sequence[int], dtype: DTypeLike) -> Memory:
@@ -50,7 +60,7 @@ def guarded(shape: int | Sequence[int], dtype: DTypeLike) -> Memory:
             raise OSError(ctypes.get_errno(), "mprotect")
     start = page + pages - room
     whole = np.frombuffer(buffer, np.uint8, room, start)
-    whole[size:] = _FILL[0]
+    whole[size:] = _fill(room)[size:]
     array = whole[:size].view(item).reshape(shape).view(Memory)
-    array.behind = whole[size:]
+    array.behind = whole[size:], whole[size:].tobytes()
     return array

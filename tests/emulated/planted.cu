@@ -79,7 +79,7 @@ PLANTED(write_far)(const float* x, float* y) {
 }
 
 PLANTED(read_before)(const float* x, float* y) {
-    y[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 2048];
+    y[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 1024];
 }
 
 // Who comes last wins: which thread that is depends on the order of the blocks.
@@ -95,4 +95,35 @@ PLANTED(sum_in_any_order)(const float* x, float* y) {
     total += x[threadIdx.x];
     __syncthreads();
     y[threadIdx.x] = total;
+}
+
+__device__ float sum_of_warp(float v) {
+    for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+    return v;
+}
+
+// The warps tell each other their sums, and then the sums that they were told.
+PLANTED(two_rounds)(const float* x, float* y) {
+    __shared__ float s[2];
+    const int warp = threadIdx.x / 32;
+    float v = sum_of_warp(x[threadIdx.x]);
+    for (int round = 0; round < 3; ++round) {
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) s[warp] = v;
+        __syncthreads();
+        v = sum_of_warp(s[1 - warp]) / 32.0f;
+    }
+    y[threadIdx.x] = v;
+}
+
+PLANTED(two_rounds_without_barrier)(const float* x, float* y) {
+    __shared__ float s[2];
+    const int warp = threadIdx.x / 32;
+    float v = sum_of_warp(x[threadIdx.x]);
+    for (int round = 0; round < 3; ++round) {
+        if (threadIdx.x % 32 == 0) s[warp] = v;
+        __syncthreads();
+        v = sum_of_warp(s[1 - warp]) / 32.0f;
+    }
+    y[threadIdx.x] = v;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,18 @@ from nicecp import train as train_module
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.kernels.cuda_backend import CudaBackend
-from nicecp.kernels.cuda_calls import BiasBackward, BiasForward, Coefficients, Couple, Product, Update
+from nicecp.kernels.cuda_calls import (
+    GRADIENTS,
+    UPDATES,
+    BiasBackward,
+    BiasForward,
+    Coefficients,
+    Couple,
+    Product,
+    Update,
+)
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, MaskedBiasGradient, ReluBias
-from nicecp.kernels.cuda_plan import MAIN, Plan
+from nicecp.kernels.cuda_plan import Plan
 from nicecp.preprocessing import Dequantize
 from nicecp.sources import ArraySource
 from nicecp.split import Split
@@ -26,9 +36,11 @@ from tests.emulated.driver import EmulatedDriver
 from tests.kernels.checks import Device, new_state
 from tests.kernels.test_update import ADAM
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-DEVICES = pytest.mark.parametrize("device", [{}, {"epilogues": True}], ids=["plain", "epilogues"])
+DEVICES = pytest.mark.parametrize(
+    "device", [{}, {"epilogues": "all"}, {"epilogues": "unmasked"}], ids=["plain", "epilogues", "unmasked"]
+)
 
 
 def step_of(hidden: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, **device: Any) -> tuple[Plan, Trainer]:
@@ -51,7 +63,7 @@ def test_launches_of_the_mnist_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     hidden = [(5,) * 5] * 4
     plain, _ = step_of(hidden, monkeypatch)
-    fused, _ = step_of(hidden, monkeypatch, epilogues=True)
+    fused, _ = step_of(hidden, monkeypatch, epilogues="all")
     kinds = Counter(type(call).__name__ for call in plain.calls)
     assert kinds == {"Product": 71, "BiasForward": 20, "BiasBackward": 24, "Couple": 7, "Update": 25,
                      "Coefficients": 1, "Plain": 5}  # fmt: skip
@@ -59,8 +71,10 @@ def test_launches_of_the_mnist_step(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = Counter(type(call).__name__ for call in fused.calls)
     assert kinds == {"Product": 71, "Couple": 7, "Update": 25, "Coefficients": 1, "Plain": 5}
     assert len(fused.calls) == 109
-    critical = [plan.streams.count(MAIN) for plan in (plain, fused)]
-    assert critical == [103, 59], "launches on the main stream"
+    critical = [plan.place.count(-1) for plan in (plain, fused)]
+    assert critical == [99, 59], "launches on the main stream"
+    unmasked, _ = step_of(hidden, monkeypatch, epilogues="unmasked")
+    assert (len(unmasked.calls), unmasked.place.count(-1)) == (129, 79)
     kinds = Counter(type(call.epilogue).__name__ for call in fused.calls if isinstance(call, Product))
     assert kinds == {"ReluBias": 20, "Bias": 4, "MaskedBiasGradient": 20, "BiasGradient": 4, "NoneType": 23}
 
@@ -81,14 +95,17 @@ def test_weight_gradients_and_updates_run_beside_the_backward_pass(
     device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, trainer = step_of([(5, 4), (3,)], monkeypatch, **device)
-    for call, stream in zip(plan.calls, plan.streams, strict=True):
-        beside = isinstance(call, (Update, Coefficients)) or (isinstance(call, Product) and call.transpose_a)
-        assert (stream != MAIN) == beside
-    # the end of the step counts on all updates; the backward pass does not wait for the last one of them
-    assert plan.waits[-1] == max(plan.streams)
-    waited = [wait for wait in plan.waits if wait]
-    assert waited == sorted(waited)
-    assert max(waited[:-1], default=0) < max(plan.streams)
+    for call, number in zip(plan.calls, plan.place, strict=True):
+        lane = 0 if number < 0 else plan.blocks[number].lane
+        update = isinstance(call, (Update, Coefficients))
+        gradient = isinstance(call, Product) and call.transpose_a
+        gradient = gradient or (isinstance(call, BiasBackward) and not call.relu)
+        assert lane == (UPDATES if update else GRADIENTS if gradient else 0)
+    updates = [number for number, block in enumerate(plan.blocks) if block.lane == UPDATES]
+    assert all(plan.blocks[number].after for number in updates[1:]), "an update comes after its gradient"
+    # the end of the step waits for the last of the updates; the backward pass for none of them
+    assert plan.waits[-1] == [updates[-1]]
+    assert not {number for waits in plan.waits[:-1] for number in waits} & set(updates)
     # every parameter once, a layer's weight and bias together
     sizes = [call.size for call in plan.calls if isinstance(call, Update)]
     assert len(sizes) == 6
@@ -96,17 +113,25 @@ def test_weight_gradients_and_updates_run_beside_the_backward_pass(
 
 
 class Hasty(Plan):
-    """Waits for no side block."""
+    """The main stream waits for no block."""
 
     def _schedule(self) -> None:
         super()._schedule()
-        self.waits = [0] * len(self.waits)
+        self.waits = [[] for _ in self.waits]
 
 
-def trained(hasty: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    if hasty:
-        monkeypatch.setattr("nicecp.kernels.cuda_backend.Plan", Hasty)
-    _, trainer = step_of([(5, 4), (3, 3), (4,)], monkeypatch, late=late)
+class Careless(Plan):
+    """Blocks wait for none of another lane."""
+
+    def _schedule(self) -> None:
+        super()._schedule()
+        for block in self.blocks:
+            block.after.clear()
+
+
+def trained(plan: type[Plan], late: bool, monkeypatch: pytest.MonkeyPatch, lanes: int = 2) -> bytes:
+    monkeypatch.setattr("nicecp.kernels.cuda_device.Plan", plan)
+    _, trainer = step_of([(5, 4), (3, 3), (4,)], monkeypatch, late=late, lanes=lanes)
     for _ in range(5):
         trainer.step()
     return b"".join(array.tobytes() for array in trainer.resume_state().parameters.values())
@@ -114,13 +139,42 @@ def trained(hasty: bool, late: bool, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 def test_a_step_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory is shared by the couplings, so that a gradient must be used before the next one overwrites it."""
-    good = trained(False, False, monkeypatch)
-    assert trained(False, True, monkeypatch) == good
-    assert trained(True, False, monkeypatch) == good, "side blocks that run at once hide it"
-    assert trained(True, True, monkeypatch) != good
+    good = trained(Plan, False, monkeypatch)
+    for lanes in (1, 2):
+        assert trained(Plan, True, monkeypatch, lanes) == good
+        assert trained(Hasty, True, monkeypatch, lanes) != good
+    for careless in (Hasty, Careless):
+        assert trained(careless, False, monkeypatch) == good, "blocks that run at once hide it"
+        assert trained(careless, True, monkeypatch) != good
+    assert trained(Careless, True, monkeypatch, lanes=1) == good, "a single lane has no others to wait for"
 
 
-# --- what is joined, and what is not --------------------------------------------------------------------------------
+class OneLane:
+    """A driver as the protocol has it at least: ``side`` without arguments."""
+
+    def __init__(self, driver: EmulatedDriver) -> None:
+        self._driver = driver
+
+    def side(self) -> Any:
+        return self._driver.side()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "lanes":
+            raise AttributeError(name)
+        return getattr(self._driver, name)
+
+
+def test_a_driver_without_lanes_will_do() -> None:
+    results = []
+    for driver in (OneLane(EmulatedDriver(late=True)), EmulatedDriver()):
+        backend = CudaBackend(driver)  # type: ignore[arg-type]
+        layer = Layer(backend)
+        backend.record(lambda layer=layer: (layer.forward(), layer.backward()))()  # type: ignore[misc, arg-type]
+        results.append([array.tobytes() for array in layer.results()])
+    assert results[0] == results[1]
+
+
+# --- what is joined, and what is not ------------------------------------------------------------
 
 
 class Layer:
@@ -184,7 +238,8 @@ def test_a_recorded_step_is_its_calls(situation: str, device: dict[str, Any], la
     before = recorded.results()
     plan = recorded.backend.plan(lambda: work(recorded))
     found = {type(call.epilogue) for call in plan.calls if isinstance(call, Product)} - {type(None)}
-    assert found == (epilogues if device else set())
+    offered = {"all": epilogues, "unmasked": epilogues - {MaskedBiasGradient}}
+    assert found == offered.get(device.get("epilogues", "none"), set())
     coupled = any(isinstance(call, Couple) and call.bias is not None for call in plan.calls)
     assert coupled == (into_coupling and not device)
     run = recorded.backend.record(lambda: work(recorded))
@@ -239,6 +294,27 @@ def test_only_ranges_that_adjoin_are_updated_together(ranges: list[tuple[int, in
     assert moved.tolist() == sorted(i for offset, size in ranges for i in range(offset, offset + size))
 
 
+def test_another_thread_waits_until_a_step_is_recorded() -> None:
+    """Its calls are neither recorded nor lost."""
+    device = Device(CudaBackend(EmulatedDriver()), "float64")
+    backend, x, y = device.backend, device.put(np.ones((2, 2))), device.put(np.ones((2, 2)))
+    other = threading.Thread(target=lambda: (backend.couple(y, y, y, 1), backend.fill_uniform(y, 1, 2, 3)))
+
+    def step() -> None:
+        other.start()
+        other.join(0.1)
+        backend.couple(x, x, x, 1)
+
+    run = backend.record(step)
+    other.join()
+    assert (device.get(x) == 1).all()
+    drawn = device.get(y)
+    assert (drawn < 1).all()
+    run()
+    assert (device.get(x) == 2).all()
+    np.testing.assert_array_equal(device.get(y), drawn)
+
+
 def test_one_step_at_a_time_and_no_fills_in_it() -> None:
     device = Device(CudaBackend(EmulatedDriver()), "float64")
     backend, x = device.backend, device.out(2, 2)
@@ -257,7 +333,7 @@ def test_arguments_that_a_kernel_would_run_past_are_refused() -> None:
         lambda: backend.couple(x, x, wide, 1),
         lambda: backend.couple(x, x, device.out(4, 3, dtype="float32"), 1),
         lambda: backend.couple(x, x, wide[:, ::2], 1),
-        lambda: backend.split(device.out(4, 2), device.out(4, 2), x),
+        lambda: backend.split(device.out(4, 2), device.out(4, 2), x, device.put(np.arange(3), "int64")),
         lambda: backend.dense_forward(x, wide, device.out(6, 2), device.out(2), True),
         lambda: backend.dense_backward(None, device.out(6, 6), None, x, x, wide, device.out(6, 3), False),
         lambda: backend.matmul(x, wide, wide),
@@ -273,7 +349,7 @@ def test_arguments_that_a_kernel_would_run_past_are_refused() -> None:
 
 def test_bias_calls_stand_alone_without_their_products() -> None:
     """The plan joins what it finds, and leaves the rest as it is."""
-    device = Device(CudaBackend(EmulatedDriver(epilogues=True)), "float64")
+    device = Device(CudaBackend(EmulatedDriver(epilogues="all")), "float64")
     y, b = device.out(4, 3), device.out(3)
     plan = Plan(device.backend.driver, [BiasForward(y=y, b=b, relu=True), BiasBackward(dy=y, db=b, y=y, relu=True)])  # type: ignore[attr-defined]
     assert [type(call) for call in plan.calls] == [BiasForward, BiasBackward]

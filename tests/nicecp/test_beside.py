@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nicecp.beside import Beside, DataSpec, checked_context, effective_rows, relative_weights
+from nicecp.beside import Beside, checked_context, effective_rows, relative_weights
 from nicecp.data import open_source, open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.errors import DataError
 from nicecp.sources import ArraySource, Source
 

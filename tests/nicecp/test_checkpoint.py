@@ -25,7 +25,9 @@ from nicecp.kernels.backend import Slot
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.records import DataInfo, EpochRecord, Event, Parameters, ResumeState, RunRecord
 from nicecp.spec import ModelSpec, alternating
+from nicecp.spline import fit_knots
 from nicecp.store import encode, read_tree
+from nicecp.transforms import Angle, Log, Logit, Quantile, Recorded, Student
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -222,6 +224,14 @@ def test_the_documented_reader_gives_the_flow_s_log_prob(
         (),
         (Dequantize(),),
         (Standardize(rng.normal(size=n_features), rng.uniform(0.5, 2, n_features)),) * 2,
+        (
+            Recorded(np.array([0, 1]), np.array([0.1, 0.2])),
+            Quantile.of(np.array([0, 1]), [fit_knots(rng.standard_t(2.0, 400), count) for count in (5, 16)]),
+            Logit(np.array([0]), np.array([-30.0]), np.array([40.0])),
+            Angle(np.array([1]), np.array([-2.0]), np.array([5.0])),
+            Log(np.array([1]), np.array([-40.0])),
+            Student(np.array([0, 1]), np.array([2.5, 9.0]), np.array([0.1, 3.0]), np.array([0.5, 2.0])),
+        ),
     ]
     for number, preprocessing in enumerate(steps):
         flow, path = NICE.from_spec(spec, numbers(spec, number), preprocessing), tmp_path / f"{number}.h5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from nicecp import train as train_module
 from nicecp.evaluate import evaluate
+from nicecp.fitting import fit
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend, Purpose, Slot
 from nicecp.kernels.cuda_backend import CudaBackend
@@ -23,7 +25,7 @@ from tests import gates
 from tests.emulated import build
 from tests.emulated.driver import EmulatedDriver
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 BYTES = np.random.default_rng(1).integers(0, 256, (160, 9), np.uint8)
 FLOATS = np.random.default_rng(2).normal(2, 3, (160, 8))
@@ -61,10 +63,10 @@ def assert_same(one: Trainer, other: Trainer, tolerance: float) -> None:
     ("law", "data", "optimizer", "device"),
     [
         ("additive", BYTES, ADAM, {}),
-        ("additive", FLOATS, RMSPROP, {"epilogues": True}),
+        ("additive", FLOATS, RMSPROP, {"epilogues": "all"}),
         ("multiplicative", FLOATS, ADAM, LATE),
         ("multiplicative", BYTES, RMSPROP, {"late": True}),
-        ("affine", BYTES, ADAM, {**LATE, "epilogues": True}),
+        ("affine", BYTES, ADAM, {**LATE, "epilogues": "all"}),
         ("affine", FLOATS, RMSPROP, {"schedule": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -86,8 +88,38 @@ def test_fifty_steps_are_those_of_the_cpu(
 def test_fifty_steps_in_single_precision(law: str, data: Any) -> None:
     """One update for all parameters. Rounding, 6e-8 a number, is divided by small second moments on the way."""
     runs = [trained(backend, law, data, AdaM(rate=1e-3, epsilon=1e-2), "float32") for backend in
-            (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)), NumbaBackend(1))]  # fmt: skip
+            (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")), NumbaBackend(1))]  # fmt: skip
     assert_same(runs[0], runs[1], 1e-4)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("data", "activations", "partition", "options"),
+    [
+        (BYTES, "store", "halves", {"logit": 0.05}),
+        (BYTES, "recompute", list(np.random.default_rng(4).permutation(9)), {}),
+        (FLOATS, "halves", "odd-even", {"whiten": "zca"}),
+    ],
+    ids=["logit", "recompute", "whitened"],
+)
+def test_fits_of_all_kinds_are_those_of_the_cpu(
+    data: Any, activations: str, partition: Any, options: Any, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Context, weights of rows, partitions, steps that mix columns, activations computed anew; with validation."""
+    monkeypatch.setattr(train_module, "UPDATE_BY_LAYER", 0)
+    rng = np.random.default_rng(6)
+    beside = {"context": rng.normal(size=(len(data), 2)), "sample_weight": rng.uniform(0.5, 2, len(data))}
+    spec = gates.make_spec(data.shape[1], [(12, 8), (), (12,)], laws=("affine", "additive"), partition=partition)
+    spec, results = replace(spec, n_context=2), []
+    for backend in (CudaBackend(EmulatedDriver(late=late, epilogues="all")), NumbaBackend(1)):
+        flow = NICE.from_spec(spec, seed=5, init="he", backend=backend)
+        before = gates.host_parameters(flow)
+        record = fit(flow, data, epochs=3, batch_size=32, seed=8, activations=activations, **beside, **options)
+        results.append((gates.host_parameters(flow), [row.valid_log_likelihood for row in record.history]))
+    for name, value in results[0][0].items():
+        assert np.abs(value - before[name]).max() > 1e-4, f"{name} was not trained"
+        gates.assert_near(value, results[1][0][name], 1e-9, name)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-9)
 
 
 def test_what_a_trained_flow_says_is_the_same_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +127,7 @@ def test_what_a_trained_flow_says_is_the_same_on_both(monkeypatch: pytest.Monkey
     spec = gates.make_spec(9, [(12,), (8, 8), (12,)], "gaussian", "float64", laws=("affine", "additive"))
     parameters = gates.draw_parameters(spec)
     flows = [NICE.from_spec(spec, parameters, (Dequantize(0, 1),), backend=backend) for backend in
-             (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)), NumbaBackend(1))]  # fmt: skip
+             (CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues="all")), NumbaBackend(1))]  # fmt: skip
     flows.append(pickle.loads(pickle.dumps(flows[0])))
     assert isinstance(flows[-1].backend, CudaBackend)
     x = np.random.default_rng(3).uniform(0, 1, (40, 9))

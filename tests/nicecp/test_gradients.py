@@ -11,7 +11,7 @@ import pytest
 from nicecp import testing
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
-from nicecp.preprocessing import Dequantize
+from nicecp.preprocessing import Dequantize, MarginLogit
 from nicecp.spec import ModelSpec
 from nicecp.testing import check_gradients
 from tests import gates, oracle
@@ -119,6 +119,16 @@ def test_check_gradients_passes_every_partition(dtype: str, partition: str | tup
     report = check_gradients(flow, np.random.default_rng(0).normal(size=(4, 5)))
     assert 0 < report.error <= 0.5
     assert report.log_det_error < 1e-8
+
+
+def test_check_gradients_draws_what_it_is_not_given() -> None:
+    """Rows in the support of the preprocessing, and a context for all of them."""
+    step = MarginLogit(np.zeros(4), np.ones(4), 0.01)
+    flow = NICE(4, hidden=(6, 4), n_couplings=3, coupling="affine", n_context=2, seed=3, preprocessing=(step,))
+    report = check_gradients(flow)
+    assert report.rows == 6
+    assert 0 < report.error <= 0.5
+    assert check_gradients(flow, seed=1) != report
 
 
 def test_the_example_in_the_docstring() -> None:

@@ -121,6 +121,20 @@ def test_rows_without_a_logit_are_named(tmp_path: Path) -> None:
     assert flow.preprocessing == ()
 
 
+def test_a_row_outside_the_range_is_named_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    train_rows, test_rows = rng.uniform(0, 1, (60, 3)), rng.uniform(0, 1, (20, 3))
+    flow = NICE(3, (4,), 3)
+    fit(flow, train_rows, epochs=1, batch_size=20, logit=0.05, value_range=(0, 1))
+    flow.save(tmp_path / "run.h5")
+    test_rows[13, 1] = 1.2
+    with h5py.File(tmp_path / "test.h5", "w") as file:
+        file["test"] = test_rows
+    assert main(["evaluate", str(tmp_path / "run.h5"), "--data", f"{tmp_path / 'test.h5'}:/test"]) == 2
+    error = capsys.readouterr().err
+    assert "row 13 is nan: the flow overflows there, or its preprocessing does not take such values" in error
+
+
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from nicecp import NICE, fit, load
 from nicecp.cli.main import main
+from nicecp.cli.train import train as train_command
 from nicecp.errors import DataError
 from nicecp.partition import order_from_file, random_order
 from nicecp.preset_table import PRESETS
@@ -221,3 +223,18 @@ def test_inpainting_of_halves_hides_data_columns(tmp_path: Path) -> None:
     assert (done.result[0][:, :4] != x[:, :4]).all()
     with h5py.File(tmp_path / "run.h5") as file:
         assert file["model"].attrs["partition"] == b"halves"
+
+
+def test_the_paper_page_names_what_exists() -> None:
+    """Options of commands, presets and arguments of NICE, as docs/paper.md writes them."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "paper.md").read_text()
+    known = {option for parameter in train_command.params for option in parameter.opts} | {"--compare"}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= known
+    models = re.search(r"`--preset (.*?) \|", page)
+    assert models is not None
+    assert set(re.findall(r"\w+", models[1])) <= set(PRESETS)
+    for argument in ("coupling", "partition", "n_couplings", "prior", "hidden"):
+        assert f"{argument}=" in page
+        assert argument in inspect.signature(NICE).parameters
+    for argument in re.findall(r"`fit\((\w+)=\)`", page):
+        assert argument in inspect.signature(fit).parameters

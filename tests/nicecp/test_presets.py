@@ -178,6 +178,11 @@ def test_json_and_back(name: str, optimizer: str) -> None:
         {"value_range": [0]},
         {"extra": 1},
         {"prior": None},
+        {"logit": "x"},
+        {"order": ["x"]},
+        {"order": 3},
+        {"partition": None},
+        {"network": 1},
     ],
 )
 def test_json_of_another_form(change: dict[str, Any]) -> None:

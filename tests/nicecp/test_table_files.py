@@ -13,8 +13,8 @@ import pytest
 
 import nicecp
 from nicecp import table_files
-from nicecp.beside import DataSpec
 from nicecp.data import open_source, open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.errors import DataError
 from nicecp.rows import row_range
 from nicecp.scoring import score

@@ -1,0 +1,147 @@
+"""The rows of an epoch as arrays on the device: resident, a window at a time, or streamed in blocks.
+
+Streamed blocks go through two page-locked buffers on the host and two on the device: while the device computes on one,
+the next one is copied beside it, and a thread gathers the one after that. A block holds its rows in the order in which
+they are presented, so neither the shuffling nor any result depends on how large it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from nicecp.kernels.backend import Array, Backend, Upload
+from nicecp.split import EpochReader, Window
+
+BLOCK_BYTES = 2**28  # of a streamed block, where no limit is given
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Some consecutive batches, as load_batch takes them. ``slot`` : which arrays these are; a step that was recorded
+    for a slot does for all that follow in it, until one is ``fresh``."""
+
+    data: Array
+    index: Array
+    rows: Array
+    n_batches: int
+    slot: int
+    fresh: bool
+
+
+class Feed:
+    """Feeds a trainer. limit : bytes of the device's memory that data may take; None for as many as it has.
+
+    On a GPU data stream where they are more than the limit, or more than the reader keeps in memory. ValueError where
+    the limit does not hold two batches.
+    """
+
+    def __init__(self, backend: Backend, reader: EpochReader, limit: int | None = None) -> None:
+        self._backend, self._reader = backend, reader
+        split = reader.split
+        row_bytes = split.source.n_features * split.source.dtype.itemsize
+        self.streams = backend.device != "cpu" and (
+            not reader.resident or (limit is not None and len(split) * (row_bytes + 16) > limit)  # with index and rows
+        )
+        self._window: Window | None = None
+        if self.streams:
+            batch_bytes = reader.batch_size * (row_bytes + 8)
+            block_bytes = BLOCK_BYTES if limit is None else limit // 2
+            if block_bytes < batch_bytes:
+                problem = f"device_memory_limit must hold two batches, {2 * batch_bytes:,} bytes, got {limit:,}"
+                raise ValueError(problem)
+            self._block = min(block_bytes // batch_bytes, reader.n_batches)  # batches
+            self._slots = [_Slot(backend, reader, self._block) for _ in range(2)]
+            self._order = backend.asarray(np.arange(self._block * reader.batch_size))
+            return
+        # Steps read these two arrays at every window, so that a recorded step stays valid.
+        capacity = min(len(split), reader.window + reader.batch_size)
+        self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
+        self._data: Array = None
+
+    def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Fed]:
+        """The batches of an epoch from ``skip_batches`` on. What was fed is used up when the next one is asked for."""
+        windows = self._reader.epoch(epoch, skip_batches)
+        return self._streamed(windows) if self.streams else map(self._whole, windows)
+
+    def _whole(self, window: Window) -> Fed:
+        count, backend = len(window.index), self._backend
+        backend.copy_in(self._index[:count], window.index)
+        backend.copy_in(self._rows[:count], window.rows)
+        fresh = self._window is None or self._window.data is not window.data
+        if fresh:
+            self._data = None  # two windows at a time may be more than the device has
+            self._data = backend.asarray(window.data)
+        self._window = window
+        return Fed(self._data, self._index, self._rows, window.n_batches, 0, fresh)
+
+    # --- streaming ----------------------------------------------------------------------------------------------------
+
+    def _streamed(self, windows: Iterator[Window]) -> Iterator[Fed]:
+        pieces = self._pieces(windows)
+        with ThreadPoolExecutor(1) as worker:
+
+            def gather(number: int) -> Callable[[], int]:
+                return worker.submit(self._slots[number % 2].gather, pieces).result
+
+            count = gather(0)()
+            if count:
+                self._slots[0].upload()
+            number, coming = 0, gather(1)
+            while count:
+                following = coming()
+                if following:
+                    # Behind the steps on the block before, which had this slot, and beside those on the block now.
+                    self._slots[(number + 1) % 2].upload()
+                    coming = gather(number + 2)
+                slot = self._slots[number % 2]
+                slot.ready()
+                yield Fed(slot.data, self._order, slot.rows, count, number % 2, False)
+                count, number = following, number + 1
+
+    def _pieces(self, windows: Iterator[Window]) -> Iterator[tuple[Window, int, int]]:
+        """Windows cut into blocks: rows start..stop-1 of their order."""
+        size = self._reader.batch_size
+        for window in windows:
+            for first in range(0, window.n_batches, self._block):
+                yield window, first * size, min(first + self._block, window.n_batches) * size
+
+
+class _Slot:
+    """A buffer of so many batches on the device, and the host's that it is filled from."""
+
+    def __init__(self, backend: Backend, reader: EpochReader, batches: int) -> None:
+        rows, source = batches * reader.batch_size, reader.split.source
+        shape = rows, source.n_features
+        self._backend, self._batch_size = backend, reader.batch_size
+        self.data, self.rows = backend.alloc(shape, source.dtype), backend.alloc(rows, np.int64)
+        self._host_data, self._host_rows = backend.pinned(shape, source.dtype), backend.pinned(rows, np.int64)
+        self._count = 0  # rows
+        self._uploads: list[Upload] = []
+
+    def gather(self, pieces: Iterator[tuple[Window, int, int]]) -> int:
+        """Take the next piece into the host's buffer -> its number of batches, 0 at the end."""
+        piece = next(pieces, None)
+        if piece is None:
+            return 0
+        for upload in self._uploads:
+            upload.done()
+        window, start, stop = piece
+        self._count = stop - start
+        np.take(window.data, window.index[start:stop], axis=0, out=self._host_data[: self._count], mode="clip")
+        self._host_rows[: self._count] = window.rows[start:stop]
+        return self._count // self._batch_size
+
+    def upload(self) -> None:
+        count = self._count
+        self._uploads = [
+            self._backend.upload(self.data[:count], self._host_data[:count]),
+            self._backend.upload(self.rows[:count], self._host_rows[:count]),
+        ]
+
+    def ready(self) -> None:
+        for upload in self._uploads:
+            upload.ready()
