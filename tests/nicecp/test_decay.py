@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -59,14 +60,16 @@ class StopAfter(Callback):
 
 def test_a_resumed_run_keeps_its_schedule(tmp_path: Path) -> None:
     """Interrupted in the middle of an epoch, and of a schedule: the same bits as without."""
-    ways = []
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        f["train"] = X
+    data, ways = str(tmp_path / "x.h5"), []
     for name, stop in (("whole", 0), ("parts", 7)):
         out = tmp_path / f"{name}.h5"
         more: dict[str, Any] = {"epochs": 4, "hidden": (8,), "batch_size": 50, "threads": 1}
-        with Run.start(X, out, schedule="cosine", weight_decay=1.0, **more) as run:
+        with Run.start(data, out, schedule="cosine", weight_decay=1.0, **more) as run:
             run.execute([StopAfter(stop)])
         if stop:
-            with Run.resume(out, data=X) as run:
+            with Run.resume(out) as run:
                 assert (run.settings.weight_decay, run.trainer.position) == (1.0, 2)
                 run.execute()
         ways.append(nicecp.load(out).parameters())
