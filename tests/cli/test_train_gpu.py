@@ -109,6 +109,7 @@ def test_a_memory_limit_changes_nothing(data: str, capsys: pytest.CaptureFixture
     assert "--device-memory-limit must hold two batches, 448 bytes, got 99" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # 13 s of emulated kernels
 def test_doctor_checks_gradients_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
