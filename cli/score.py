@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, row_options
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
@@ -69,6 +69,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @beside_options("where the run had it; none: without")
+@row_options
 @machine_options
 @json_option
 def score(
@@ -85,17 +86,18 @@ def score(
     threads: int | None,
     precision: str | None,
     as_json: bool,
+    **used: str | None,
 ) -> None:
     """Write the log-density of every row of the data under CHECKPOINT's flow.
 
     FILE.h5 gets the dataset log_prob (rows) in nats, in the data's space and in the rows' order: NaN for rows with NaN,
-    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. The mean that
-    is printed counts rows by their weights, if they have any.
+    -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
+    weights count by them in the mean that is printed and in the figures.
     """
-    from nicecp.data_spec import DataSpec
+    from nicecp.data_spec import spec_of
     from nicecp.score_file import score_file
 
-    spec = data if context is None and weights is None else DataSpec(data, context, weights)
+    spec = spec_of(data, context=context, weights=weights, **used)
     if plot is not None:
         from nicecp.score_plots import check_plots
 

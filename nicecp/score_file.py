@@ -141,6 +141,7 @@ def score_file(
         Of row i, draw k is that of (seed, i, k), the first one evaluate's. What is written is the logarithm of the
         densities' mean, log(sum_k p(x_k) / draws): with many draws that of the recorded values' own density.
     seed : of the noise; the run's own by default
+    device, threads, precision : as nicecp.scoring.score
     progress : called with the rows done and all rows, after every block
 
     Raises

@@ -146,6 +146,17 @@ def test_weights_weigh_the_mean_and_the_figures(folder: Path, capsys: pytest.Cap
     assert found["standard_error"] == pytest.approx(np.sqrt(n / (n - 1) * (gaps**2).sum()) / weight[kept].sum())
 
 
+def test_rows_and_columns_are_chosen(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("table.h5", "r+") as file:
+        file["wide"] = np.hstack([file["clean"][()], np.zeros((N, 1))])
+    words = ["--data", "table.h5:/wide", "--columns", "3,2,1,0", "--select", "100:150"]
+    found = scored("table-run.h5", *words, "--out", "s.h5", "--plot", "page.pdf", capsys=capsys)
+    assert (found["rows"], found["figures"]) == (50, ["page.pdf"])
+    with h5py.File("table.h5") as file, h5py.File("s.h5") as out:
+        expected = load("table-run.h5").log_prob(file["clean"][100:150, ::-1])
+        np.testing.assert_allclose(out["log_prob"][()], expected, rtol=1e-12)
+
+
 def test_recorded_columns_get_their_noise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As in training: a value recorded in steps stands for an interval."""
     x = np.round(np.random.default_rng(5).normal(size=(400, D)), 1)
