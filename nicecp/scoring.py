@@ -24,6 +24,7 @@ from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
 from nicecp.rows import matched
 from nicecp.split import Split
+from nicecp.transforms import Angle
 
 logger = logging.getLogger("nicecp")
 
@@ -270,4 +271,8 @@ def example_context(split: Split, n: int) -> NDArray[np.float64] | None:
 
 def round_trip_error(flow: NICE, x: NDArray[np.float64], context: NDArray[np.float64] | None = None) -> float:
     """max |x - f^-1(f(x))| over rows x : (n, d), in data space, at their context : (n, k)."""
-    return float(np.abs(x - flow.inverse(flow.forward(x, context)[0], context)[0]).max(initial=0.0))
+    gap = x - flow.inverse(flow.forward(x, context)[0], context)[0]
+    for step in flow.preprocessing:
+        if isinstance(step, Angle):  # x and x + period are one angle
+            gap[:, step.columns] -= step.period * np.round(gap[:, step.columns] / step.period)
+    return float(np.abs(gap).max(initial=0.0))
