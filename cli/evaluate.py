@@ -20,6 +20,7 @@ EXAMPLES = """\
   nicecp evaluate run.h5 --data mnist.h5 --split valid
   nicecp evaluate run.h5 --data other.h5:/measurements --json
   nicecp evaluate run.h5 --data mnist.h5 --compare
+  mpirun -n 4 nicecp evaluate run.h5 --data big.h5
 """
 
 
@@ -59,12 +60,14 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    from nicecp.cli.ranks import join
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.scoring import score
 
-    result = score(checkpoint, data, split, seed, device, threads)
+    ranks = join()
+    result = score(checkpoint, data, split, seed, device, threads, ranks)
     others = []
-    if comparing:
+    if comparing and ranks.rank == 0:
         from nicecp.baselines import compare
 
         others = compare(checkpoint, data, split, seed, device, threads)

@@ -31,6 +31,7 @@ EXAMPLES = """\
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
   nicecp train --data table.h5 --coupling affine --hidden 2x64 --out table-run.h5
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
+  mpirun -n 4 nicecp train --data big.h5 --out big-run.h5
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
 """
@@ -224,8 +225,10 @@ def train(
     run: Run | None = None
     try:
         from nicecp.cli import training
+        from nicecp.cli.ranks import join
         from nicecp.run import Run
 
+        settings["communicator"] = join()
         if resume is not None:
             run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
@@ -240,8 +243,11 @@ def train(
             raise
         raise type(error)(in_options(str(error))) from error
     except KeyboardInterrupt as stop:
+        from nicecp.parallel import end_all
+
         what, code = describe_stop(stop)
         note(f"nicecp: error: {what} {_what_is_saved(run)}")
+        end_all(code)
         return code
 
 

@@ -63,11 +63,17 @@ def beginning(run: Run) -> list[str]:
         f"data: {source_line(run.splits.train.source)}; {splits_line(run.splits)}",
         f"model: {model_line(run.flow.spec)}; preset {settings.preset}, {settings.optimizer.kind}, "
         f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
-        f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}",
+        f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}{_ranks(run)}",
     ]
     if run.resumed:
         lines.append(f"resumed after {_position(run)} of the next")
     return lines
+
+
+def _ranks(run: Run) -> str:
+    """', 4 ranks, Open MPI 5.0' where there are several."""
+    about = run.communicator.describe()
+    return f", {about}" if about else ""
 
 
 def _position(run: Run) -> str:
@@ -84,6 +90,7 @@ def start_json(run: Run) -> dict[str, Any]:
         "settings": run.settings.to_json(),
         "device": run.flow.backend.device,
         "threads": run.trainer.record.threads,
+        "ranks": run.communicator.size,
         "versions": run.trainer.record.versions,
         "resumed_after_epoch": run.trainer.record.epoch if run.resumed else None,
         "out": run.out,

@@ -12,6 +12,7 @@ from nicecp.errors import DataError, about_file
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Array, Slot
 from nicecp.loading import Loader
+from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.split import SequentialReader, Split
@@ -62,14 +63,19 @@ def check_fits(flow: NICE, split: Split) -> None:
 
 
 class Evaluator:
-    """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch."""
+    """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch.
 
-    def __init__(self, flow: NICE, split: Split, batch_size: int = BATCH) -> None:
+    Of several ranks each scores its share of the rows, and all have the result.
+    """
+
+    def __init__(self, flow: NICE, split: Split, batch_size: int = BATCH, communicator: Communicator = ALONE) -> None:
         check_fits(flow, split)
         if len(split) == 0:
             raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
         self.flow, self.split, backend = flow, split, flow.backend
-        self._reader = SequentialReader(split, min(batch_size, len(split)))
+        self._communicator = communicator
+        share = communicator.rank, communicator.size
+        self._reader = SequentialReader(split, min(batch_size, len(split)), share=share)
         self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
         self._loader = Loader(flow, self._reader.batch_size)
@@ -77,8 +83,8 @@ class Evaluator:
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
         backend, ws = self.flow.backend, self._ws
-        out = np.empty(len(self.split), np.float64)
-        offset, done = log_det(self.flow.preprocessing), 0
+        out = np.zeros(len(self.split), np.float64)
+        offset, done = log_det(self.flow.preprocessing), self._reader.begin
         for window in self._reader:
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
@@ -95,6 +101,7 @@ class Evaluator:
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
+        self._communicator.sum(out)
         return out
 
     def _at(self, epoch: int, batch: int) -> None:
@@ -133,11 +140,11 @@ def bits_per_dim(flow: NICE, mean: float) -> float | None:
     return None
 
 
-def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0) -> Evaluation:
+def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0, communicator: Communicator = ALONE) -> Evaluation:
     """Mean log-likelihood of a split under a flow.
 
     Raises DataError where the data do not fit the flow, or where a row's log-density is not finite.
     """
-    evaluator = Evaluator(flow, split)
+    evaluator = Evaluator(flow, split, communicator=communicator)
     with flow.backend.computing():
         return evaluator.run_checked(flow.network.layout.views(flow.flat), seed, epoch)

@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.columns import check_representable, discrete_columns_noted
-from nicecp.data import check_constant, check_finite, column_stats, open_splits
+from nicecp.data import Splits, check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
 from nicecp.flow import NICE
+from nicecp.kernels.backend import Backend
 from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.presets import Settings
 from nicecp.records import RunRecord
 from nicecp.split import Split
 from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
@@ -55,6 +58,21 @@ def preprocessing_for(
     return (Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)),)
 
 
+def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[Step, ...]:
+    """The preprocessing that settings ask for, fitted to the training rows, and all rows looked through.
+
+    Raises DataError, as preprocessing_for, check_finite and check_representable do.
+    """
+    train = splits.train
+    steps = preprocessing_for(train, settings.value_range, settings.standardize, settings.allow_constant)
+    check_finite(splits)
+    steps += whitening_step(
+        settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
+    )
+    check_representable(splits, steps, settings.dtype)
+    return steps
+
+
 def fit(
     flow: NICE,
     data: str | os.PathLike[str] | NDArray[Any],
@@ -72,6 +90,7 @@ def fit(
     regularization: float = 0.0,
     activations: str = "store",
     callbacks: Callbacks = (),
+    communicator: Communicator = ALONE,
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
 
@@ -91,6 +110,9 @@ def fit(
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
     callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
+    communicator : nicecp.parallel.Communicator
+        Of ranks that train together, such as nicecp.parallel.Mpi(MPI.COMM_WORLD): all make the same call with the same
+        data and flow, each works on a part of every batch, and all end with the same flow.
 
     Returns
     -------
@@ -124,7 +146,7 @@ def fit(
         check_representable(splits, steps, flow.dtype)
         flow.prepare(steps, train.source.info, train.source.is_image8)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
-        trainer = Trainer(flow, train, splits.valid, config, called)
+        trainer = Trainer(flow, train, splits.valid, config, called, communicator)
         trainer.record.versions = versions()
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         trainer.record.events += discrete_columns_noted(train)

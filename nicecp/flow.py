@@ -283,11 +283,11 @@ class NICE:
             out[...], before = undo_steps(self.preprocessing, x)
         log_det += before
 
-    def sample(self, n: int, rng: int | np.random.Generator | None = None) -> FloatArray:
+    def sample(self, n: int, rng: int | np.random.Generator | None = None, first: int = 0) -> FloatArray:
         """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
 
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
-        one); a Generator gives that seed; None takes one from the operating system.
+        one); a Generator gives that seed; None takes one from the operating system. first : number of the first.
         """
         n = whole_number(n, "n")
         if n < 0:
@@ -303,7 +303,7 @@ class NICE:
         for start in range(0, n, CHUNK):
             part = out[start : start + CHUNK]
             h = self.backend.alloc(part.shape, np.float64)
-            fill(h, seed, Purpose.SAMPLE, 0, start)
+            fill(h, seed, Purpose.SAMPLE, 0, first + start)
             self._invert(part, np.zeros(len(part)), self.backend.copy_out(h))
         return out
 

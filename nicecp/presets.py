@@ -10,6 +10,7 @@ from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer, RMSProp, optimizer_from
 from nicecp.spec import DTYPES, LAWS, CouplingSpec, ModelSpec, alternating
+from nicecp.train import TrainConfig
 from nicecp.whitening import KINDS
 
 VALID_FRACTION = 1 / 6
@@ -182,6 +183,12 @@ class Settings:
             each = zip(couplings, self.hidden_by_coupling, strict=True)
             couplings = tuple(CouplingSpec(c.law, c.conditions_on, c.transforms, hidden) for c, hidden in each)
         return ModelSpec(n_features, couplings, self.prior, self.dtype)
+
+    def train_config(self) -> TrainConfig:
+        """What the training loop needs of them."""
+        return TrainConfig(
+            self.epochs, self.batch_size, self.optimizer, self.patience, self.seed, self.window, self.activations
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""

@@ -12,25 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
-from nicecp.columns import check_representable, discrete_columns_noted
+from nicecp.columns import discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import Evaluation, evaluate
-from nicecp.fitting import preprocessing_for
+from nicecp.fitting import prepared
 from nicecp.flow import NICE
-from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
+from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
 from nicecp.kernels.backend import Slot
-from nicecp.locking import OutputLock
+from nicecp.locking import claim
 from nicecp.machine import open_backend, require_memory, versions
-from nicecp.outputs import check_output
+from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve, valid_fraction_of
 from nicecp.records import RunRecord, note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
-from nicecp.train import Callback, TrainConfig, Trainer
-from nicecp.whitening import whitening_step
+from nicecp.train import Callback, Trainer
 
 logger = logging.getLogger("nicecp")
 
@@ -81,22 +80,16 @@ class Run:
         flow: NICE,
         out: str | None,
         saving: Saving,
+        communicator: Communicator = ALONE,
     ) -> None:
         self.settings, self.data, self.splits, self.flow, self.out = settings, data, splits, flow, out
         self._held = contextlib.ExitStack()  # the output's lock and the data: released by close
-        config = TrainConfig(
-            settings.epochs,
-            settings.batch_size,
-            settings.optimizer,
-            settings.patience,
-            settings.seed,
-            settings.window,
-            settings.activations,
-        )
+        config = settings.train_config()
         self._keeper = Keeper(self, saving)
-        self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
+        self.communicator = communicator
+        self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper], communicator)
         self.trainer.record.config = self._config()
-        self.trainer.record.versions = versions()
+        self.trainer.record.versions = versions() | {"ranks": str(communicator.size)}
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False
@@ -122,6 +115,7 @@ class Run:
         checkpoint_every: float = CHECKPOINT_EVERY,
         checkpoint_epochs: int | None = None,
         keep: int = 1,
+        communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
         """A new run.
@@ -133,6 +127,7 @@ class Run:
         preset, optimizer, numbers, **given : see nicecp.presets.resolve
         overwrite : replace existing files at the first checkpoint
         checkpoint_every, checkpoint_epochs, keep : seconds; epochs; state files that are kept (nicecp.keeper.Saving)
+        communicator : of the ranks that carry out the run together, all of which make the same calls; rank 0 writes
 
         Raises
         ------
@@ -143,11 +138,9 @@ class Run:
         """
         saving = Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
+            first = communicator.from_first
             if out is not None:
-                state = state_path(out)
-                for path in (out, state, *(older_state(state, number) for number in range(1, keep))):
-                    check_output(path, overwrite, data)
-                held.callback(OutputLock(out).release)
+                first(lambda: claim(held, out, files_of(out, keep), overwrite, data))
             fraction, seed = given.get("valid_fraction"), given.get("seed")
             fraction = valid_fraction_of(preset) if fraction is None else fraction
             splits = open_splits(data, fraction, 0 if seed is None else seed)
@@ -158,17 +151,12 @@ class Run:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = open_backend(device, threads)
-            steps = preprocessing_for(splits.train, settings.value_range, settings.standardize, settings.allow_constant)
-            check_finite(splits)
-            steps += whitening_step(
-                settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
-            )
-            check_representable(splits, steps, spec.dtype)
-            info = replace(source.info, fingerprint=source.fingerprint())
+            backend = open_backend(device, communicator.threads() if threads is None else threads)
+            steps = first(lambda: prepared(settings, splits, backend))
+            info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
-            run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += discrete_columns_noted(splits.train)
+            run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving, communicator)
+            run.trainer.record.events += first(lambda: discrete_columns_noted(splits.train))
             run._held = held.pop_all()
             return run
 
@@ -187,6 +175,7 @@ class Run:
         preset: str = "auto",
         optimizer: str | None = None,
         numbers: Mapping[str, float | None] | None = None,
+        communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
@@ -208,9 +197,9 @@ class Run:
         """
         out, saving = run_path(path), Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
-            held.callback(OutputLock(out).release)
+            communicator.from_first(lambda: claim(held, out))
             run = cls._from_files(
-                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given
+                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given, communicator
             )
             held.callback(run.splits.close)
             run._held = held.pop_all()
@@ -229,6 +218,7 @@ class Run:
         optimizer: str | None,
         numbers: Mapping[str, float | None] | None,
         given: Mapping[str, Any],
+        communicator: Communicator,
     ) -> Run:
         """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
@@ -245,7 +235,9 @@ class Run:
         changes = {name: given[name] for name in CHANGEABLE if given.get(name) is not None}
         settings = replace(settings, **changes)
         check(settings)
-        backend = open_backend(device, record.threads if threads is None else threads)
+        as_before = record.versions.get("ranks", "1") == str(communicator.size)
+        usual = record.threads if as_before else communicator.threads()
+        backend = open_backend(device, usual if threads is None else threads)
         flow = NICE.from_spec(flow.spec, state.parameters, flow.preprocessing, flow.info, backend=backend)
         data = record.config.get("data") if data is None else data
         if not data:
@@ -254,8 +246,8 @@ class Run:
         try:
             changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
             check_same_data(flow, splits, None if changed else record)
-            check_finite(splits)
-            run = cls(settings, data, splits, flow, out, saving)
+            communicator.from_first(lambda: check_finite(splits))
+            run = cls(settings, data, splits, flow, out, saving, communicator)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads
@@ -315,9 +307,11 @@ class Run:
             return self._outcome(began)
         self._keeper.begin()
         with stopping(self._stop):
-            if self.stopped_by is None:
+            if self.stopped_by is None or self.communicator.size > 1:  # then all must agree, after a step
                 self._train()
             if not trainer.finished:
+                if self.stopped_by is None and trainer.stop_number > 0:  # the signal was another rank's
+                    self.stopped_by = trainer.stop_number
                 self.save()
         return self._outcome(began)
 
@@ -331,8 +325,8 @@ class Run:
             raise TrainingError(f"{error}; the best model so far is kept in {self.out!r}") from error
 
     def save(self) -> None:
-        """Write both files now; nothing without ``out``."""
-        if self.out is None or self.state is None:
+        """Write both files now; nothing without ``out``, and by rank 0 alone."""
+        if self.out is None or self.state is None or self.communicator.rank > 0:
             return
         trainer = self.trainer
         resume = trainer.resume_state()
@@ -343,7 +337,7 @@ class Run:
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number
-        self.trainer.request_stop()
+        self.trainer.request_stop(number)
 
     @property
     def rows_done(self) -> int:
@@ -381,10 +375,10 @@ class Run:
             )
         # The best model; a run that was finished before it was resumed has not put it in place itself.
         self.flow.set_parameters(trainer.resume_state().best_parameters)
-        seed, best = self.settings.seed, trainer.record.best_epoch
-        train = evaluate(self.flow, splits.train, seed)
-        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best)
-        test = None if splits.test is None else evaluate(self.flow, splits.test, seed)
+        seed, best, ranks = self.settings.seed, trainer.record.best_epoch, self.communicator
+        train = evaluate(self.flow, splits.train, seed, 0, ranks)
+        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best, ranks)
+        test = None if splits.test is None else evaluate(self.flow, splits.test, seed, 0, ranks)
         rows = example_rows(self.flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
         error = round_trip_error(self.flow, rows)
         return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from nicecp.checkpoint import load
 from nicecp.errors import CheckpointError, OutputError, about_file
 from nicecp.files import write_bytes
-from nicecp.flow import NICE
+from nicecp.flow import CHUNK, NICE
 from nicecp.images import encode_png, grid
 from nicecp.machine import open_backend, require_memory
 from nicecp.outputs import check_output
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 
 StrPath = str | os.PathLike[str]
@@ -40,12 +41,14 @@ def write_samples(
     columns: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    communicator: Communicator = ALONE,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
 
     out : FILE.h5 with the dataset ``samples`` (n, d) of the flow's dtype in data space, and for 8-bit data ``images``
         uint8 (n, *image_shape); or FILE.png with a grid of the images, ``columns`` in a row.
     seed : row i depends on the seed and i alone.
+    communicator : of the ranks that share the drawing, all of which make the same call; rank 0 writes
 
     Raises CheckpointError (the checkpoint, a picture of what has no image shape), OutputError, ValueError, MemoryError.
     """
@@ -54,19 +57,27 @@ def write_samples(
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
-    check_output(out, overwrite, checkpoint)
-    flow = load(checkpoint, backend=open_backend(device, threads))
+    communicator.from_first(lambda: check_output(out, overwrite, checkpoint))
+    flow = load(checkpoint, backend=open_backend(device, communicator.threads() if threads is None else threads))
     if suffix == ".png":
         check_drawable(flow, checkpoint)
     # The prior's draw, the rows, and copies on the way.
     require_memory(5 * 8 * n * flow.n_features, f"drawing {n:,} samples")
-    samples = flow.sample(n, seed)
-    if suffix == ".png":
-        data = encode_png(grid(as_images(flow, samples), columns))
-    else:
-        data = _hdf5(flow, samples, seed, os.path.basename(os.fspath(checkpoint)))
-    write_bytes(out, data, overwrite)
+    samples = draw(flow, n, seed, communicator)
+    if samples is not None:
+        if suffix == ".png":
+            data = encode_png(grid(as_images(flow, samples), columns))
+        else:
+            data = _hdf5(flow, samples, seed, os.path.basename(os.fspath(checkpoint)))
+        write_bytes(out, data, overwrite)
     return Written(n, flow.n_features, seed)
+
+
+def draw(flow: NICE, n: int, seed: int, communicator: Communicator = ALONE) -> NDArray[np.float64] | None:
+    """flow.sample(n, seed), the same bits, with the rows shared by ranks; None but on rank 0."""
+    chunks, rank, size = -(-n // CHUNK), communicator.rank, communicator.size
+    first, last = (min(chunks * (rank + i) // size * CHUNK, n) for i in (0, 1))
+    return communicator.gather(flow.sample(last - first, seed, first))
 
 
 def dequantization_of(flow: NICE) -> Dequantize | None:

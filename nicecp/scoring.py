@@ -18,6 +18,7 @@ from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
@@ -54,6 +55,7 @@ def score(
     seed: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    communicator: Communicator = ALONE,
 ) -> Score:
     """Mean log-likelihood of a checkpoint's flow on data (nats per row, in the data's space).
 
@@ -66,6 +68,7 @@ def score(
         else all rows. test: the test dataset, or the one that ``data`` names, but never what the flow was trained on.
     seed : int, optional
         Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
+    communicator : of the ranks that share the rows, all of which make the same call and have the result
 
     Raises
     ------
@@ -74,13 +77,15 @@ def score(
     """
     if part not in PARTS:
         raise ValueError(f"the part must be one of {', '.join(PARTS)}, got {part!r}")
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(
+        checkpoint, backend=open_backend(device, communicator.threads() if threads is None else threads)
+    )
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, data, part)
     try:
         # As the run did it: each epoch's validation has noise of its own, and the best epoch's numbers were reported.
         epoch = record.best_epoch if record is not None and split.purpose == Purpose.VALID_NOISE else 0
-        return Score(evaluate(flow, split, seed, epoch), describe_rows(split), split.source.name, seed)
+        return Score(evaluate(flow, split, seed, epoch, communicator), describe_rows(split), split.source.name, seed)
     finally:
         split.source.close()
 

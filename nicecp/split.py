@@ -241,35 +241,44 @@ class SequentialReader:
     """Batches in file order; the last one is padded with index = rows = -1.
 
     A split of at most ``window`` rows is read once: every iteration hands out the same Window object. A larger one is
-    read anew in every iteration, window by window.
+    read anew in every iteration, window by window. share = (i, n): the i-th of n parts of the batches, from row
+    ``begin`` of the split.
     """
 
-    def __init__(self, split: Split, batch_size: int, window: int = 2**16) -> None:
+    def __init__(self, split: Split, batch_size: int, window: int = 2**16, share: tuple[int, int] = (0, 1)) -> None:
         _check_batch_size(batch_size)
         self.split, self.batch_size, self.window = split, batch_size, window
         self._whole: Window | None = None
+        edges = [self.n_batches * (share[0] + i) // share[1] * batch_size for i in (0, 1)]
+        self.begin, self._end = (min(edge, len(split)) for edge in edges)
 
     @property
     def n_batches(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[Window]:
-        n = len(self.split)
+        n = self._end - self.begin
         if n <= self.window:
             if n and self._whole is None:
-                data, rows = self.split.load()
-                self._whole = self._pad(data, np.arange(n, dtype=np.int64), rows)
+                if n == len(self.split):
+                    data, rows = self.split.load()
+                    self._whole = self._pad(data, np.arange(n, dtype=np.int64), rows)
+                else:
+                    self._whole = self._read(self.begin, self._end)
             if self._whole is not None:
                 yield self._whole
             return
         step = max(1, self.window // self.batch_size) * self.batch_size
+        for first in range(self.begin, self._end, step):
+            yield self._read(first, min(first + step, self._end))
+
+    def _read(self, first: int, last: int) -> Window:
+        """Rows first to last - 1 of the split."""
         bounds = self.split.bounds
-        for first in range(0, n, step):
-            last = min(first + step, n)
-            low, high = (int(i) for i in np.searchsorted(bounds[1:], [first, last - 1], side="right"))
-            data, rows = self.split.load_blocks(np.arange(low, high + 1))
-            index = np.arange(first, last, dtype=np.int64) - bounds[low]
-            yield self._pad(data, index, rows[index])
+        low, high = (int(i) for i in np.searchsorted(bounds[1:], [first, last - 1], side="right"))
+        data, rows = self.split.load_blocks(np.arange(low, high + 1))
+        index = np.arange(first, last, dtype=np.int64) - bounds[low]
+        return self._pad(data, index, rows[index])
 
     def _pad(self, data: NDArray[Any], index: Rows, rows: Rows) -> Window:
         count = -(-len(index) // self.batch_size)

@@ -17,7 +17,9 @@ from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer
+from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Range
+from nicecp.ranks import SharedStep, own_rows
 from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
@@ -98,7 +100,7 @@ class Trainer:
 
     The flow's preprocessing must fit the data (NICE.prepare). callbacks: Callback objects, or functions of an
     EpochRecord, or a single one. After ``run`` the flow holds the best parameters (by validation; the last ones without
-    validation).
+    validation). communicator: of the ranks that train together, each with its own Trainer on the same data.
     """
 
     def __init__(
@@ -108,15 +110,18 @@ class Trainer:
         valid: Split | None,
         config: TrainConfig,
         callbacks: Callbacks = (),
+        communicator: Communicator = ALONE,
     ) -> None:
         check_fits(flow, train)
+        self.communicator = communicator
+        rows = len(own_rows(config.batch_size, communicator))  # of every batch
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
         self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
-        self._stop = False
+        self._stop = 0  # the number with which this process was asked to
         self._epoch_seconds = 0.0
         self._skipped = 0  # steps skipped up to the end of the last epoch
 
@@ -132,9 +137,11 @@ class Trainer:
         backend.copy_in(self.state, host)
         self.best[...] = self.p
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
-        self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
-        self._loader = Loader(flow, config.batch_size)
-        self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
+        self.workspace = network.workspace(rows, keep=True, activations=config.activations)
+        self._loader = Loader(flow, rows)
+        self._evaluator = None
+        if valid is not None and len(valid):
+            self._evaluator = Evaluator(flow, valid, communicator=communicator)
         # Steps read these two arrays at every window, so that a recorded step stays valid.
         capacity = min(len(train), self.reader.window + config.batch_size)
         self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
@@ -143,31 +150,38 @@ class Trainer:
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
         self._recovery = Recovery(self)
+        self._shared: SharedStep | None = None
+        if communicator.size > 1:
+            self._shared = SharedStep(self, self._grads, config.batch_size, communicator)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def _update(self, part: Range) -> None:
+    def load(self) -> None:
+        """The rows of the batch that the state's CURSOR names into the workspace."""
+        ws, purpose = self.workspace, Purpose.TRAIN_NOISE
+        self._loader.load(ws, self._data, self._index, self._rows, self.state, self.config.seed, purpose)
+
+    def update(self, part: Range) -> None:
+        """The parameters of a range from their gradients."""
         self.backend.update(self.p, self.g, self.m, self.v, part.offset, part.size, self.state, self._optimizer)
 
     def _step(self) -> None:
         """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
-        backend, ws = self.backend, self._ws
-        seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
-        self._loader.load(ws, self._data, self._index, self._rows, self.state, seed, purpose)
+        backend, ws = self.backend, self.workspace
+        self.load()
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER
-        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self._update if by_layer else None)
+        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self.update if by_layer else None)
         if not by_layer:
-            self._update(Range(0, self.network.layout.size))
+            self.update(Range(0, self.network.layout.size))
         backend.advance(self.state)
 
     def _check(self) -> None:
         """Before the first step of an epoch: can its batch be recomputed from what the flow makes of it?"""
         if self.config.activations == "recompute":
-            seed = self.config.seed
-            self._loader.load(self._ws, self._data, self._index, self._rows, self.state, seed, Purpose.TRAIN_NOISE)
-            check_reconstruction(self.network, self._ws, self.views, self.record.epoch + 1)
+            self.load()
+            check_reconstruction(self.network, self.workspace, self.views, self.record.epoch + 1, self.communicator)
 
     def step(self) -> None:
         """One training step on the next batch; begins and ends epochs' windows as needed, without validation."""
@@ -188,13 +202,15 @@ class Trainer:
 
     def _open(self, window: Window) -> None:
         """Make a window of rows the one that steps read."""
-        count = len(window.index)
-        self.backend.copy_in(self._index[:count], window.index)
-        self.backend.copy_in(self._rows[:count], window.rows)
+        index, rows = window.index, window.rows
+        if self._shared is not None:
+            index, rows = self._shared.part_of(index), self._shared.part_of(rows)
+        self.backend.copy_in(self._index[: len(index)], index)
+        self.backend.copy_in(self._rows[: len(rows)], rows)
         self._set(CURSOR=0.0)
         if self._window is None or self._window.data is not window.data:
             self._data = self.backend.asarray(window.data)
-            self._runnable = self.backend.record(self._step)
+            self._runnable = self.backend.record(self._step) if self._shared is None else self._shared.record()
         self._window, self._batches_left = window, window.n_batches
         self._recovery.window_opened()
 
@@ -206,14 +222,24 @@ class Trainer:
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
-    def request_stop(self) -> None:
-        """Finish the running step, then leave run(). May be called from a signal handler."""
-        self._stop = True
+    def request_stop(self, number: int = -1) -> None:
+        """Finish the running step, then leave run(); of several ranks, all do. May be called from a signal handler.
+
+        number : of the signal, if there was one.
+        """
+        self._stop = number
+        if self._shared is not None:
+            self._shared.request = number
+
+    @property
+    def stop_number(self) -> int:
+        """With what the running or last run() was asked to stop, by this rank or, in step with all, another; else 0."""
+        return self._stop if self._shared is None else self._shared.stop
 
     @property
     def stopped(self) -> bool:
         """True if run() was left because of request_stop."""
-        return self._stop
+        return self.stop_number != 0
 
     @property
     def finished(self) -> bool:
@@ -230,10 +256,12 @@ class Trainer:
             The loss is not finite again and again (nicecp.recovery), or every epoch's validation; or activations
             cannot be recomputed (nicecp.reconstruction).
         """
-        self._stop = False
+        self._stop = 0
+        if self._shared is not None:
+            self._shared.request = self._shared.stop = 0
         # An overflow shows in the loss: the step is skipped, counted and reported.
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
-            while not self.finished and not self._stop:
+            while not self.finished and not self.stopped:
                 self._run_epoch()
         if self.finished:
             self.p[...] = self.best
@@ -261,9 +289,9 @@ class Trainer:
                 self._recovery.after_step(self._batches_left == 0)
                 for callback in self.callbacks:
                     callback.on_step(self)
-                if self._stop:
+                if self.stopped:
                     break
-            if self._stop:
+            if self.stopped:
                 break
         self.backend.synchronize()
         if self.position < self.reader.n_batches:
@@ -274,6 +302,8 @@ class Trainer:
     def _end_epoch(self, started: float) -> None:
         epoch = self.record.epoch + 1
         self._recovery.before_validation()
+        if self._shared is not None:
+            logger.info("epoch %d: %s, checksum %08x", epoch, self.communicator.describe(), self._checksum())
         state = self.backend.copy_out(self.state)
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss
@@ -297,6 +327,10 @@ class Trainer:
         logger.info("epoch %d: train %.3f, validation %.3f nats", epoch, train, valid)
         for callback in self.callbacks:
             callback.on_epoch(self, row)
+
+    def _checksum(self) -> int:
+        assert self._shared is not None
+        return self._shared.checksum(self.p, self.m, self.v, self.state)
 
     def _note_skipped(self, epoch: int, state: np.ndarray) -> None:
         skipped = int(state[Slot.SKIPPED]) - self._skipped
