@@ -43,6 +43,11 @@ def _checkpoint(found: dict[str, Any]) -> str:
     rows = [("checkpoint", found["file"]), ("model", model["line"]), ("preprocessing", ", ".join(steps) or "none")]
     if model["image_shape"]:
         rows.append(("images", "x".join(str(size) for size in model["image_shape"])))
+    if model["order"]:
+        half = (len(model["order"]) + 1) // 2
+        parts = model["order"][:half], model["order"][half:]
+        shown = (" ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in parts)
+        rows.append(("parts", " | ".join(shown)))
     if model["columns"]:
         rows.append(("columns", ", ".join(model["columns"])))
     if training is None:

@@ -18,8 +18,14 @@ MAX_SEED = 2**64 - 1
 MAX_LAYERS = 1000  # of one network
 
 
-def hidden_sizes(text: str) -> tuple[int, ...]:
-    """'1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer."""
+def hidden_sizes(text: str) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """'1000,1000', '5x1000', '2x64,32', or 'none' for networks without a hidden layer; '3x64/64' for each coupling."""
+    if "/" in text:
+        return tuple(_sizes(part) for part in text.split("/"))
+    return _sizes(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
     if text.strip().lower() == "none":
         return ()
     sizes: list[int] = []

@@ -29,7 +29,7 @@ EXAMPLES = """\
   nicecp train --data demo
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
-  nicecp train --data table.h5 --coupling affine --hidden 2x64 --out table-run.h5
+  nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   mpirun -n 4 nicecp train --data big.h5 --out big-run.h5
   nicecp train --resume mnist-run.h5
@@ -87,7 +87,7 @@ def _number_options(function: Any) -> Any:
     type=hidden_sizes,
     metavar="SIZES",
     show_default=PRESET,
-    help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none.",
+    help="Hidden layers of each coupling's network: 1000,1000 or 5x1000 or none; different ones as 3x64/2x64/64.",
 )
 @click.option("--couplings", type=click.IntRange(1, 1024), show_default=PRESET, help="Coupling layers.")
 @click.option(
@@ -96,6 +96,18 @@ def _number_options(function: Any) -> Any:
     metavar="LAW[,LAW...]",
     show_default="additive",
     help="What a coupling does: additive (shifts), multiplicative (scales) or affine (both); several take turns.",
+)
+@click.option(
+    "--partition",
+    type=click.Choice(["odd-even", "halves", "random"]),
+    show_default=PRESET,
+    help="The two parts of the columns that couplings change in turn; random: two halves drawn by the seed.",
+)
+@click.option(
+    "--partition-file",
+    type=data_name,
+    metavar="FILE.txt",
+    help="Their permutation: all 0-based column numbers as text; the first half (rounded up) is the first part.",
 )
 @click.option(
     "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."
@@ -130,7 +142,14 @@ def _number_options(function: Any) -> Any:
     type=value_range,
     metavar="LO,HI",
     show_default="0,1",
-    help="Where 8-bit values are dequantized to.",
+    help="Where 8-bit values are dequantized to; with --logit, where floats lie.",
+)
+@click.option(
+    "--logit",
+    type=click.FloatRange(0, 0.5, max_open=True),
+    metavar="MARGIN",
+    show_default="none",
+    help="Send data in --range to the whole line by a logit that keeps MARGIN away from its ends, such as 0.05.",
 )
 @click.option(
     "--whiten",
@@ -183,6 +202,8 @@ def train(
     allow_changed_data: bool,
     preset: str,
     optimizer: str | None,
+    partition: str | None,
+    partition_file: str | None,
     range_: tuple[float, float] | None,
     no_standardize: bool,
     allow_constant: bool,
@@ -208,10 +229,13 @@ def train(
         raise click.UsageError("--dry-run is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
+    if partition is not None and partition_file is not None:
+        raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
         "numbers": {name: given.pop(f"number_{name}") for _, name, _, _ in _NUMBERS},
+        "partition": partition,
         "value_range": range_,
         "standardize": False if no_standardize else None,
         "allow_constant": True if allow_constant else None,
@@ -226,9 +250,12 @@ def train(
     try:
         from nicecp.cli import training
         from nicecp.cli.ranks import join
+        from nicecp.partition import order_from_file
         from nicecp.run import Run
 
         settings["communicator"] = join()
+        if partition_file is not None:
+            settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
         if resume is not None:
             run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
@@ -265,10 +292,12 @@ _NAMES = (
     "dtype",
     "preset",
     "optimizer",
+    "partition",
 )
+_OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "activations")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
@@ -280,6 +309,8 @@ def in_options(message: str) -> str:
     """A message about a setting as the library words it, with the option in place of the setting's name."""
     for words, better in _SWITCHES.items():
         message = message.replace(words, better)
+    if message.startswith("a partition needs"):  # of how many columns, the file with them does not say
+        return f"--partition-file: {message}"
     found = re.fullmatch(r"(optimizer \w+) has no setting (\w+); it has (.*)", message)
     if found is not None:
         known = ", ".join(_OPTIONS.get(name, name) for name in found[3].split(", "))

@@ -10,6 +10,7 @@ from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
+from nicecp.kernels._numba_logit import logit_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
 from nicecp.kernels._numba_random import load_bytes, load_bytes_ordered, load_floats, load_floats_ordered
 from nicecp.kernels.backend import Slot
@@ -24,6 +25,7 @@ _BIAS_RELU_BACKWARD, _COUPLE, _LOSS = Op.BIAS_RELU_BACKWARD, Op.COUPLE, Op.LOSS
 _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
+_LOGIT_FORWARD = Op.LOGIT_FORWARD
 _STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
@@ -71,6 +73,14 @@ def _load(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         _load_floats(x0, x1, weight, _matrix(at[3], m, d, _DOUBLE), index, order, shift, scale, interleaved)
     else:
         _load_floats(x0, x1, weight, _matrix(at[3], m, d, _SINGLE), index, order, shift, scale, interleaved)
+
+
+@kernel
+def _logit(at, number, a, b, one):  # type: ignore[no-untyped-def]
+    k, n, skipped = number[0], b - a, a * number[0] * item_size(one)  # rows
+    z, x = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + skipped, n, k, one)
+    log_det, shift, scale = _vector(at[2] + 8 * a, n, _DOUBLE), _vector(at[3], k, _DOUBLE), _vector(at[4], k, _DOUBLE)
+    logit_forward(z, log_det, x, shift, scale, _vector(at[5], 1, _DOUBLE)[0], number[1] != 0)
 
 
 @kernel
@@ -214,6 +224,8 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _load(code, at, number, a, b, one)
             elif code == _SCALE_PRIOR_FORWARD or code == _SCALE_PRIOR_BACKWARD or code == _SCALE_INVERSE:
                 _scale_prior(code, at, number, a, b, one)
+            elif code == _LOGIT_FORWARD:
+                _logit(at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)
             else:

@@ -164,6 +164,17 @@ class Backend(ABC):
     def join(self, x: Array, x0: Array, x1: Array, order: Array) -> None:
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
 
+    @abstractmethod
+    def logit_forward(
+        self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
+    ) -> None:
+        """z = log(p) - log(1 - p), p = margin + (1 - 2 margin) (x - shift) scale; z, x : (n, k), z may be x.
+
+        shift, scale : (k,) float64, as the computation is; 0 <= margin < 1/2. log_det : (n,) float64 = (first) or +=
+        -sum(log p + log(1 - p)): each row's own part; the factor (1 - 2 margin) scale, which all rows have in common,
+        is not in it. p outside (0, 1) gives NaN, p = 0 or 1 infinities. No backward: it comes before the parameters.
+        """
+
     # --- dense layers -----------------------------------------------------------------------------
 
     @abstractmethod

@@ -76,6 +76,22 @@ class NumbaBackend(NumbaCalls):
         numbers = (d, _places(order, d)[1])
         self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (order,), numbers, (x,), (x0, x1))
 
+    def logit_forward(
+        self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
+    ) -> None:
+        over = self._cut(len(x), 16 * x.size, _SLICED_ROWS, 1)
+        reads, other = (x, shift, scale), (log_det, shift, scale, np.array([margin]))
+        self._call(
+            Op.LOGIT_FORWARD,
+            over,
+            (z, x),
+            other,
+            (x.shape[1], first),
+            (z, log_det),
+            reads if first else (*reads, log_det),
+            16 * x.size,
+        )
+
     # --- dense layers -----------------------------------------------------------------------------
 
     def matmul(self, out: Array, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False) -> None:

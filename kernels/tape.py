@@ -39,6 +39,7 @@ class Op:
     FACTOR_FORWARD = 16
     FACTOR_BACKWARD = 17
     ACCUMULATE = 18
+    LOGIT_FORWARD = 19
 
 
 class Field:

@@ -23,7 +23,7 @@ from nicecp.kernels.backend import Purpose, Slot
 from nicecp.loading import Loader
 from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize, Standardize, Step
-from nicecp.presets import PRESETS
+from nicecp.preset_table import PRESETS
 from nicecp.records import RunRecord
 from nicecp.scoring import choose_rows, recorded_settings
 from nicecp.spec import ModelSpec, alternating

@@ -68,6 +68,9 @@ def check_representable(splits: Splits, steps: tuple[Step, ...], dtype: DTypeLik
         if split is None or split.source.is_image8:
             continue
         source, d = split.source, split.source.n_features
+        if not all(step.affine for step in steps):
+            _check_images(split, steps, dtype)
+            continue
         shift, scale, matrix = loading(steps, d)
         if (
             np.dtype(dtype) == np.float64
@@ -87,3 +90,22 @@ def check_representable(splits: Splits, steps: tuple[Step, ...], dtype: DTypeLik
                 where = f"row {int(rows[row])}, column {column_label(column, source.info.columns)}"
                 problem = f"{where} is {data[row, column]:g}, too large for {np.dtype(dtype).name}"
                 raise DataError(about_file(source.name, problem, "rescale this column, or use --dtype float64"))
+
+
+def _check_images(split: Split, steps: tuple[Step, ...], dtype: DTypeLike) -> None:
+    """check_representable for steps that do not take every number, of which the first that gives none is named."""
+    source = split.source
+    count = max(1, 2**19 // (BLOCK * source.n_features))
+    for first in range(0, split.n_blocks, count):
+        data, rows = split.load_blocks(np.arange(first, min(first + count, split.n_blocks)))
+        x = np.asarray(data, np.float64)
+        for number, step in enumerate(steps):
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                x = step.forward(x)
+                finite = np.isfinite(x.astype(dtype) if number == len(steps) - 1 else x)
+            if not finite.all():
+                row, column = (int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
+                where = f"row {int(rows[row])}, column {column_label(column, source.info.columns)}"
+                problem = f"{where} is {data[row, column]:g}, of which the step {step.kind!r} makes no finite number"
+                remedy = "give a wider --range, or leave this row out"
+                raise DataError(about_file(source.name, problem, remedy))

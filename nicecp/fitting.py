@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import Splits, check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
@@ -35,27 +36,34 @@ def preprocessing_for(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    logit: float | None = None,
 ) -> tuple[Step, ...]:
     """The preprocessing of a data set: dequantization of 8-bit values, standardisation of floats.
 
-    Reads float data once (mean and standard deviation of the training rows).
+    logit : with a margin, the logit of values in ``value_range`` comes before the standardisation (nicecp.bounded)
+
+    Reads float data once (mean and standard deviation of the training rows), with a logit three times.
 
     Raises
     ------
     DataError
-        A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be.
+        A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be, or
+        goes beyond the range of the logit.
     ValueError
-        The value range is not one, or is beyond +-MAX_RANGE.
+        The value range is not one, or is beyond +-MAX_RANGE; a margin that will not do.
     """
     if train.source.is_image8:
         if max(abs(value) for value in value_range) > MAX_RANGE:
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
-        return (Dequantize(*value_range),)
+        first = Dequantize(*value_range)
+        return (first,) if logit is None else (first, logit_step(train, None, value_range, logit))
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
+    steps: tuple[Step, ...] = () if logit is None else (logit_step(train, stats, value_range, logit),)
     if not standardize:
-        return ()
-    return (Standardize(stats.mean, np.where(stats.low == stats.high, 1.0, stats.std)),)
+        return steps
+    mean, std = spread_after(train, steps) if steps else (stats.mean, stats.std)
+    return (*steps, Standardize(mean, np.where(stats.low == stats.high, 1.0, std)))
 
 
 def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[Step, ...]:
@@ -64,7 +72,7 @@ def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[Step
     Raises DataError, as preprocessing_for, check_finite and check_representable do.
     """
     train = splits.train
-    steps = preprocessing_for(train, settings.value_range, settings.standardize, settings.allow_constant)
+    steps = preprocessing_for(train, *settings.preprocessing)
     check_finite(splits)
     steps += whitening_step(
         settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
@@ -86,6 +94,7 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    logit: float | None = None,
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
@@ -101,6 +110,8 @@ def fit(
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
+    logit : float, optional
+        A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
     optimizer : AdaM or RMSProp
@@ -140,7 +151,7 @@ def fit(
         if steps:
             check_fits(flow, train)
         else:
-            steps = preprocessing_for(train, value_range, standardize, allow_constant)
+            steps = preprocessing_for(train, value_range, standardize, allow_constant, logit)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         check_representable(splits, steps, flow.dtype)

@@ -20,7 +20,7 @@ from nicecp.params import initial_parameters
 from nicecp.preprocessing import Dequantize, Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import model_tree
-from nicecp.spec import ModelSpec, alternating, dtype_name, layer_sizes, partition_of, whole_number
+from nicecp.spec import ModelSpec, spec_of, whole_number
 from nicecp.store import write_tree
 
 logger = logging.getLogger("nicecp")
@@ -36,10 +36,11 @@ class NICE:
     ----------
     n_features : int
         d, at least 2.
-    hidden : sequence of int
+    hidden : sequence of int, or a sequence of these for each coupling
         Hidden layer sizes of every coupling's ReLU network; the output layer is linear.
     n_couplings : int
-        At least 1. Below 3 not every feature can influence every other (section 3.3): a warning is logged.
+        At least 1, by default 4 or as many as ``hidden`` has sequences. Below 3 not every feature can influence every
+        other (section 3.3): a warning is logged.
     prior : "logistic" or "gaussian"
     dtype : "auto", "float32" or "float64"
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
@@ -63,8 +64,8 @@ class NICE:
     def __init__(
         self,
         n_features: int,
-        hidden: Sequence[int] = (1000,) * 5,
-        n_couplings: int = 4,
+        hidden: Sequence[int] | Sequence[Sequence[int]] = (1000,) * 5,
+        n_couplings: int | None = None,
         prior: str = "logistic",
         dtype: DTypeLike = "auto",
         seed: int = 0,
@@ -77,11 +78,8 @@ class NICE:
         threads: int | None = None,
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
-        laws = coupling if isinstance(coupling, str) else tuple(coupling)
-        couplings = alternating(layer_sizes(hidden), whole_number(n_couplings, "n_couplings"), laws)
-        name = "float64" if open_dtype else dtype_name(dtype)
-        d, (parted, order) = whole_number(n_features, "n_features"), partition_of(partition)
-        spec = ModelSpec(d, couplings, prior, name, partition=parted, order=order)
+        name = "float64" if open_dtype else dtype
+        spec = spec_of(n_features, hidden, n_couplings, prior, name, coupling, partition)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 

@@ -29,7 +29,11 @@ class Workspace:
     x : (n, d0), (n, d1) inputs, overwritten in place unless keep, and by a backward pass that recomputes (with what it
     makes of the output); h : the same shapes, latent; logp, dlogp, weight, log_det (of the couplings; None if they
     preserve volume) : (n,) float64; dx : gradients by the halves (keep only).
+    before : (n,) float64 log-determinants of the rows' own on their way to x, part of logp; None, unless whoever loads
+    rows sets it.
     """
+
+    before: Array | None = None
 
     def __init__(self, backend: Backend, spec: ModelSpec, n: int, keep: bool, activations: str = "store") -> None:
         if activations not in ACTIVATIONS:
@@ -101,12 +105,17 @@ class Network:
         return Workspace(self.backend, self.spec, n, keep, activations)
 
     def forward(self, ws: Workspace, params: Views) -> None:
-        """ws.x -> ws.h and ws.logp = log p(h) + sum(s) + log det of the couplings, in nats per row.  Pair: backward."""
+        """ws.x -> ws.h and ws.logp = log p(h) + sum(s) + log det of the couplings [+ ws.before], in nats per row.
+
+        Pair: backward.
+        """
         for coupling, at, layers in zip(self.couplings, ws.couplings, params.couplings, strict=True):
             coupling.forward(self.backend, at, layers)
         self.backend.scale_prior_forward(ws.logp, *ws.h, *ws.y, *params.scaling, self.prior)
         if ws.log_det is not None:
             self.backend.accumulate(ws.logp, ws.log_det)
+        if ws.before is not None:
+            self.backend.accumulate(ws.logp, ws.before)
 
     def backward(
         self,

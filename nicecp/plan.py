@@ -87,7 +87,8 @@ def cost_of_run(settings: Settings, splits: Splits) -> Cost:
         rows += min(len(splits.valid), 2**16)
     row_bytes = source.n_features * source.dtype.itemsize
     spec = settings.model_spec(source.n_features)
-    return cost_of(spec, settings.batch_size, rows, row_bytes, settings.whiten != "none", settings.activations)
+    matrix = settings.whiten != "none" or (settings.logit is not None and not source.is_image8 and settings.standardize)
+    return cost_of(spec, settings.batch_size, rows, row_bytes, matrix, settings.activations)
 
 
 @dataclass(frozen=True)

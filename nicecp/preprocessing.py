@@ -280,6 +280,72 @@ class Triangular(Step):
         return {"lower": self.lower, "bias": self.bias}
 
 
+@dataclass(frozen=True, eq=False)
+class Logit(Step):
+    """z = log(p / (1 - p)), p = margin + (1 - 2 margin) (x - low) / (high - low), per column.
+
+    low, high : (d,); 0 <= margin < 1/2. Data between low and high go to the whole line, with a margin above 0 to a
+    bounded part of it, so that low and high themselves may occur. The margin's price: the inverse goes beyond low and
+    high, by margin / (1 - 2 margin) of their distance at most. Log abs det of a row: sum over columns of
+    log((1 - 2 margin) / (high - low)) - log p - log(1 - p). Values outside have no image (NaN), and density 0.
+    """
+
+    kind: ClassVar[str] = "logit"
+    affine: ClassVar[bool] = False
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = _kept(self, "low"), _kept(self, "high")
+        if low.ndim != 1 or low.shape != high.shape:
+            raise ValueError(f"low and high must have one shape (d,), got {low.shape} and {high.shape}")
+        if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+            raise ValueError("low and high must be finite, and low below high in every column")
+        if not 0 <= self.margin < 0.5:
+            raise ValueError(f"the margin must be at least 0 and below 1/2, got {self.margin}")
+
+    @property
+    def _slope(self) -> NDArray[np.float64]:
+        """(d,) dp / dx."""
+        return np.asarray((1 - 2 * self.margin) / (self.high - self.low))
+
+    def _p(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        # As Backend.logit_forward has it, so that both say the same of values at the very edge.
+        return np.asarray(self.margin + (1 - 2 * self.margin) * ((x - self.low) * (1 / (self.high - self.low))))
+
+    @property
+    def log_det(self) -> float:
+        return float(np.log(self._slope).sum())
+
+    def log_det_rows(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        p = self._p(x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(-(np.log(p) + np.log1p(-p)).sum(axis=-1))
+
+    def forward(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        p = self._p(x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.log(p) - np.log1p(-p))
+
+    def inverse(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+        from scipy.special import expit
+
+        p = expit(np.asarray(z, np.float64))
+        return np.asarray(self.low + (self.high - self.low) * ((p - self.margin) / (1 - 2 * self.margin)))
+
+    def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+        p = self._p(x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self._slope * (dz + 2 * p - 1) / (p * (1 - p)))
+
+    def attrs(self) -> dict[str, Scalar]:
+        return {"margin": self.margin}
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        return {"low": self.low, "high": self.high}
+
+
 def step_from(kind: str, attrs: Mapping[str, Scalar], arrays: Mapping[str, NDArray[np.float64]]) -> Step:
     """The step that a checkpoint describes; ValueError for an unknown kind or wrong numbers."""
     if kind == Dequantize.kind:
@@ -290,4 +356,6 @@ def step_from(kind: str, attrs: Mapping[str, Scalar], arrays: Mapping[str, NDArr
         return Zca(arrays["mean"], arrays["eigenvalues"], arrays["eigenvectors"], float(attrs["regularization"]))
     if kind == Triangular.kind:
         return Triangular(arrays["lower"], arrays["bias"])
+    if kind == Logit.kind:
+        return Logit(arrays["low"], arrays["high"], float(attrs["margin"]))
     raise ValueError(f"unknown preprocessing step {kind!r}")

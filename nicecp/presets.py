@@ -1,4 +1,4 @@
-"""Named sets of settings, and the settings of one run as plain values that a checkpoint's JSON can hold."""
+"""The settings of one run as plain values that a checkpoint's JSON can hold, from a preset and what is given."""
 
 from __future__ import annotations
 
@@ -8,141 +8,14 @@ from typing import Any
 
 from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
-from nicecp.optimizers import AdaM, Optimizer, RMSProp, optimizer_from
-from nicecp.spec import DTYPES, LAWS, CouplingSpec, ModelSpec, alternating
+from nicecp.optimizers import Optimizer, optimizer_from
+from nicecp.partition import MAX_COLUMNS, random_order
+from nicecp.preset_table import RANGE, choose
+from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
 from nicecp.train import TrainConfig
 from nicecp.whitening import KINDS
 
-VALID_FRACTION = 1 / 6
-RANGE = (0.0, 1.0)
 INITS = ("paper", "he")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a preset says about the model and its training; the data say the rest.
-
-    hidden_by_coupling : hidden layers of each coupling, where they differ; then ``hidden`` is empty.
-    valid_fraction : of the training rows, where the data have no validation set of their own.
-    """
-
-    name: str
-    summary: str
-    hidden: tuple[int, ...]
-    couplings: int
-    prior: str
-    init: str
-    optimizer: Optimizer
-    batch_size: int
-    epochs: int
-    patience: int | None = None
-    value_range: tuple[float, float] = RANGE
-    whiten: str = "none"
-    hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
-    valid_fraction: float = VALID_FRACTION
-
-
-PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
-# On two tables of 9 and 10 columns 8 couplings of 2x64 were better by 0.3 nats than 4 of 2x128, in less time.
-TABULAR_ADAM = AdaM(rate=2e-3)
-# Tried on the drawn digits: at 5e-3 the likelihood is higher after a minute, but the samples are more ragged.
-DEMO_ADAM = AdaM(rate=3e-3, rate_decay=1.0005)
-
-# The published configuration files: momentum 0 for 5 epochs, then 0.5; the rate is divided by 1.0005 at every update.
-CODE_RMSPROP = RMSProp(rate=1e-3, average=0.95, floor=0.01, rate_decay=1.0005, rate_floor=1e-4)
-CIFAR10_RMSPROP = RMSProp(rate=2e-4, average=0.95, floor=0.01, rate_decay=1.0005, rate_floor=1e-5)
-SIGNED = (-1.0, 1.0)  # CIFAR-10's range
-FIFTH = 1 / 5  # CIFAR-10: the last 10,000 of 50,000 rows validate
-
-
-def _depths(size: int, *depths: int) -> tuple[tuple[int, ...], ...]:
-    """Couplings whose networks have so many hidden layers of one size."""
-    return tuple((size,) * depth for depth in depths)
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        # Dinh et al. 2015, section 5.1: the best validation is kept out of 1500 epochs, without stopping early.
-        Preset("mnist", "the paper's MNIST model", (1000,) * 5, 4, "logistic", "paper", PAPER_ADAM, 200, 1500),
-        Preset(
-            "tfd",
-            "the paper's TFD model",
-            (5000,) * 4,
-            4,
-            "gaussian",
-            "paper",
-            PAPER_ADAM,
-            128,
-            1500,
-            whiten="approximate",
-        ),
-        Preset(
-            "svhn", "the paper's SVHN model", (2000,) * 4, 4, "logistic", "paper", PAPER_ADAM, 200, 1500, whiten="zca"
-        ),
-        Preset(
-            "cifar10",
-            "the paper's CIFAR-10 model",
-            (2000,) * 4,
-            4,
-            "logistic",
-            "paper",
-            PAPER_ADAM,
-            200,
-            1500,
-            value_range=SIGNED,
-            whiten="zca",
-            valid_fraction=FIFTH,
-        ),
-        # The authors' files. Their partition (reversed after every coupling; SVHN and CIFAR-10 without reordering, that
-        # is in halves) is not among these numbers: odd/even is used.
-        Preset("mnist-code", "the authors' MNIST file", (1000,) * 5, 4, "logistic", "paper", CODE_RMSPROP, 200, 1500),
-        Preset(
-            "tfd-code",
-            "the authors' TFD file",
-            (),
-            8,
-            "logistic",
-            "paper",
-            CODE_RMSPROP,
-            128,
-            1500,
-            hidden_by_coupling=_depths(2000, 3, 3, 2, 2, 1, 1, 1, 1),
-        ),
-        Preset("svhn-code", "the authors' SVHN file", (2000,) * 3, 4, "gaussian", "paper", CODE_RMSPROP, 200, 1500),
-        Preset(
-            "cifar10-code",
-            "the authors' CIFAR-10 file",
-            (),
-            8,
-            "gaussian",
-            "paper",
-            CIFAR10_RMSPROP,
-            200,
-            1500,
-            value_range=SIGNED,
-            hidden_by_coupling=_depths(2400, 1, 1, 3, 3, 2, 2, 1, 1),
-            valid_fraction=FIFTH,
-        ),
-        Preset("tabular", "tables of floats", (64,) * 2, 8, "logistic", "he", TABULAR_ADAM, 256, 300, 30),
-        Preset("demo", "the drawn digits", (256,) * 3, 4, "logistic", "he", DEMO_ADAM, 100, 50),
-    )
-}
-CHOICES = ("auto", *PRESETS)
-
-
-def valid_fraction_of(name: str) -> float:
-    """The part of the training rows that a preset's runs are validated on; it is needed before the data are opened."""
-    return PRESETS[name].valid_fraction if name in PRESETS else VALID_FRACTION
-
-
-def choose(name: str, data: Any, eight_bit: bool) -> Preset:
-    """The preset of a name; "auto" is demo for the data "demo", mnist for 8-bit data, tabular for floats."""
-    if name == "auto":
-        name = "demo" if isinstance(data, str) and data == "demo" else "mnist" if eight_bit else "tabular"
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(CHOICES)}")
-    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -151,8 +24,9 @@ class Settings:
 
     patience: epochs without a better validation log-likelihood before stopping. value_range: of dequantized 8-bit
     data. window: rows shuffled together. whiten, regularization: see nicecp.whitening. hidden_by_coupling: hidden
-    layers of each coupling, where they differ (``hidden`` is then empty), else None. activations: what is kept for the
-    backward pass (nicecp.network.ACTIVATIONS).
+    layers of each coupling, where they differ (``hidden`` is then empty), else None. partition: of ModelSpec, or
+    "random", a permutation from the seed; order: that of "permutation". activations: what is kept for the backward pass
+    (nicecp.network.ACTIVATIONS).
     """
 
     preset: str
@@ -175,14 +49,22 @@ class Settings:
     whiten: str = "none"  # nicecp.whitening.KINDS
     regularization: float = 0.0
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
+    partition: str = "odd-even"
+    order: tuple[int, ...] | None = None
+    logit: float | None = None  # the margin of a logit step
     activations: str = "store"
 
     def model_spec(self, n_features: int) -> ModelSpec:
-        couplings = alternating(self.hidden, self.couplings, self.coupling)
-        if self.hidden_by_coupling is not None:
-            each = zip(couplings, self.hidden_by_coupling, strict=True)
-            couplings = tuple(CouplingSpec(c.law, c.conditions_on, c.transforms, hidden) for c, hidden in each)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype)
+        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
+        partition, order = self.partition, self.order
+        if partition == "random":
+            partition, order = "permutation", random_order(n_features, self.seed)
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, partition=partition, order=order)
+
+    @property
+    def preprocessing(self) -> tuple[tuple[float, float], bool, bool, float | None]:
+        """What nicecp.fitting.preprocessing_for takes beside the data."""
+        return self.value_range, self.standardize, self.allow_constant, self.logit
 
     def train_config(self) -> TrainConfig:
         """What the training loop needs of them."""
@@ -197,6 +79,7 @@ class Settings:
             values[name] = list(values[name])
         if self.hidden_by_coupling is not None:
             values["hidden_by_coupling"] = [list(hidden) for hidden in self.hidden_by_coupling]
+        values["order"] = None if self.order is None else list(self.order)
         values["optimizer"] = {"kind": self.optimizer.kind, **asdict(self.optimizer)}
         return values
 
@@ -211,7 +94,9 @@ class Settings:
         each = given.pop("hidden_by_coupling", None)
         if each is not None:
             each = tuple(tuple(int(size) for size in sizes) for sizes in each)
+        order = given.pop("order", None)
         settings = cls(
+            order=None if order is None else tuple(int(column) for column in order),
             hidden=hidden,
             coupling=laws,
             hidden_by_coupling=each,
@@ -264,8 +149,15 @@ def resolve(
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)}")
     values = {name: value for name, value in given.items() if value is not None}
-    if not eight_bit and "value_range" in values:
-        raise ValueError("a value range (--range) is for 8-bit data, and these are floats: leave it out")
+    if not eight_bit and "value_range" in values and "logit" not in values:
+        problem = (
+            "a value range (--range) is for 8-bit data, or for floats with a logit (--logit), and these are floats"
+        )
+        raise ValueError(f"{problem}: leave it out")
+    if not eight_bit and "logit" in values and "value_range" not in values:
+        raise ValueError("a logit of floats needs the interval in which they lie (--range LO,HI, value_range=)")
+    if eight_bit and values.get("logit") == 0:
+        raise ValueError("logit must be above 0 for 8-bit data, in which the ends of their range occur")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -289,11 +181,17 @@ def resolve(
         window=window,
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
+        partition=chosen.partition,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
     if "hidden" in values and "hidden_by_coupling" not in values:
         values["hidden_by_coupling"] = None
+        if values["hidden"] and isinstance(values["hidden"][0], tuple):  # sizes for each coupling
+            values["hidden"], values["hidden_by_coupling"] = (), values["hidden"]
+            values.setdefault("couplings", len(values["hidden_by_coupling"]))
+    if "order" in values:
+        values.setdefault("partition", "permutation")
     settings = replace(settings, **values)
     check(settings)
     return settings
@@ -314,6 +212,16 @@ def check(settings: Settings) -> None:
     each = settings.hidden_by_coupling
     if each is not None and (len(each) != settings.couplings or any(size < 1 for sizes in each for size in sizes)):
         raise ValueError(f"hidden_by_coupling must be {settings.couplings} lists of sizes of at least 1, got {each}")
+    if settings.partition not in (*PARTITIONS, "random"):
+        raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, 'random'))}, got {settings.partition!r}")
+    if (settings.order is None) == (settings.partition == "permutation"):
+        raise ValueError(f"an order belongs to the partition 'permutation' and to no other, got {settings.partition!r}")
+    if settings.order is not None and len(settings.order) > MAX_COLUMNS:
+        raise ValueError(f"an order may have at most {MAX_COLUMNS} columns, got {len(settings.order)}")
+    if settings.logit is not None and not 0 <= settings.logit < 0.5:
+        raise ValueError(f"logit must be a margin of at least 0 and below 0.5, got {settings.logit}")
+    if settings.logit is not None and settings.whiten == "approximate":
+        raise ValueError("whiten must be zca or gaussian behind a logit, whose closed form approximate would learn")
     if settings.whiten not in KINDS:
         raise ValueError(f"whiten must be one of {', '.join(KINDS)}, got {settings.whiten!r}")
     if not 0 <= settings.regularization < float("inf"):
@@ -364,4 +272,8 @@ def contradiction(
 
 
 def _shown(value: Any) -> str:
-    return ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    if value and isinstance(value[0], tuple):  # sizes for each coupling
+        return "/".join(_shown(sizes) for sizes in value)
+    return ",".join(str(item) for item in value[:20]) + (",..." if len(value) > 20 else "")

@@ -24,7 +24,8 @@ from nicecp.locking import claim
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
-from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve, valid_fraction_of
+from nicecp.preset_table import valid_fraction_of
+from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
 from nicecp.records import RunRecord, note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping

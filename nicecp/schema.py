@@ -39,6 +39,7 @@ _STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
     "standardize": ({}, {"mean": 1, "std": 1}),
     "zca": ({"regularization": float}, {"mean": 1, "eigenvalues": 1, "eigenvectors": 2}),
     "triangular": ({}, {"lower": 2, "bias": 1}),
+    "logit": ({"margin": float}, {"low": 1, "high": 1}),
 }
 
 

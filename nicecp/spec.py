@@ -29,6 +29,16 @@ def whole_number(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
+def hidden_sizes(hidden: Iterable[Any]) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """What a user gives for hidden layers: sizes that all couplings share, or a sequence of sizes for each."""
+    if isinstance(hidden, Iterable) and not isinstance(hidden, str):
+        given = tuple(hidden)
+        if given and all(isinstance(sizes, Iterable) and not isinstance(sizes, str) for sizes in given):
+            return tuple(layer_sizes(sizes) for sizes in given)
+        return layer_sizes(given)
+    return layer_sizes(hidden)
+
+
 def layer_sizes(hidden: Iterable[Any]) -> tuple[int, ...]:
     """Sizes of hidden layers; TypeError for a single number or for sizes that are not whole."""
     if isinstance(hidden, str) or not isinstance(hidden, Iterable):
@@ -192,11 +202,41 @@ class ModelSpec:
 
 
 def alternating(
-    hidden: tuple[int, ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
+    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
 ) -> tuple[CouplingSpec, ...]:
-    """Couplings that alternate which half they change, the first changing the odd features (section 5.1).
+    """Couplings that alternate which part they change, the first changing part 1 (section 5.1).
 
-    law : of all couplings, or a tuple that is gone through again and again.
+    hidden : sizes of all couplings, or a tuple of sizes for each. law : of all couplings, or a tuple that is gone
+    through again and again.
+
+    Raises ValueError where there are not as many tuples of sizes as couplings.
     """
     laws = (law,) if isinstance(law, str) else law
-    return tuple(CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, tuple(hidden)) for k in range(n_couplings))
+    each = by_coupling(hidden) or (hidden,) * n_couplings
+    if len(each) != n_couplings:
+        raise ValueError(f"hidden sizes are given for {len(each)} couplings, but there are {n_couplings}")
+    return tuple(
+        CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, layer_sizes(sizes)) for k, sizes in enumerate(each)
+    )
+
+
+def by_coupling(hidden: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    """The sizes of each coupling, where a tuple of them is given for each one; empty for sizes that all share."""
+    return hidden if hidden and all(isinstance(sizes, tuple) for sizes in hidden) else ()
+
+
+def spec_of(
+    n_features: Any,
+    hidden: Iterable[Any],
+    n_couplings: Any,
+    prior: str,
+    dtype: DTypeLike,
+    coupling: str | Iterable[str],
+    partition: Any,
+) -> ModelSpec:
+    """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
+    sizes = hidden_sizes(hidden)
+    count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
+    couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling))
+    name, (parted, order) = dtype_name(dtype), partition_of(partition)
+    return ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name, partition=parted, order=order)

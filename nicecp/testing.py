@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nicecp.coupling import apply_law
 from nicecp.flow import NICE
+from nicecp.kinks import drawn_parameters, margins, rms, units_on
+from nicecp.preprocessing import apply_steps, undo_steps
 from nicecp.records import Parameters
-from nicecp.spec import ModelSpec
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 INPUT = "x"  # stands for the data among the names of parameters
 RESOLUTION = 200.0  # signal over tolerance: an error of 1 % is then at least twice the tolerance
@@ -36,11 +35,16 @@ class GradientReport:
 
 @dataclass(frozen=True)
 class _Direction:
-    """A unit vector in the space of one array: one entry of it (flat index), or all of them at once."""
+    """A unit vector in the space of one array: one entry of it (flat index), or all of them at once.
+
+    For the data it is one of the flow's input space, ``unit`` : (d,), and ``along`` is how it looks in data space:
+    (d,), or (n, d) where it looks different in every row.
+    """
 
     name: str
     label: str
     along: int | Floats
+    unit: Floats | None = None
 
     def moved(self, value: Floats, h: float) -> Floats:
         """value + h * this direction; an array of rows moves in every row."""
@@ -51,8 +55,10 @@ class _Direction:
             out += h * self.along
         return out
 
-    def dot(self, gradient: Floats) -> float:
-        """The gradient's component along this direction."""
+    def dot(self, gradient: Floats, row: int = 0) -> float:
+        """The gradient's component along this direction; for the data that of one row."""
+        if self.unit is not None and not isinstance(self.along, int) and self.along.ndim == 2:
+            return float(np.vdot(gradient, self.along[row]))
         if isinstance(self.along, int):
             return float(gradient.reshape(-1)[self.along])
         return float(np.vdot(gradient, self.along))
@@ -75,7 +81,7 @@ class _Check:
 def check_gradients(
     flow: NICE, x: ArrayLike, *, step: float = 1e-5, rtol: float = 1e-8, max_checks: int = 256, seed: int = 0
 ) -> GradientReport:
-    """Check a flow's gradients against central differences of its log_prob, and its log-determinant by slogdet.
+    """Check a flow's gradients against central differences of its log_prob, its log-determinant, and its inverse.
 
     Differences are taken in float64, on copies of the flow: with its own parameters, and with parameters drawn so that
     every array matters (in a fresh flow most gradients are too small for any difference to see). The gradients of a
@@ -119,14 +125,18 @@ def check_gradients(
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
     check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if not np.isfinite(_to_inputs(flow, rows)).all():
+            raise ValueError("x must lie where the flow's preprocessing has finite values")
     exact = _in_float64(flow, flow.parameters())
     if flow.spec.dtype == "float32":
         _compare_precisions(flow, exact, rows)
         flow = exact
     _check_point(flow, exact, rows, check, must_resolve=False)
-    drawn = _in_float64(flow, _drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
+    drawn = _in_float64(flow, drawn_parameters(flow.spec, _to_inputs(flow, rows), check.rng))
     _check_point(drawn, drawn, rows, check, must_resolve=True)
     log_det_error = _check_log_det(drawn, rows[0], step)
+    _check_inverse(drawn, rows)
     return GradientReport(len(rows), check.directions, check.left_out, check.worst, check.error, log_det_error)
 
 
@@ -141,7 +151,7 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resol
     dx = np.asarray(judged.grad_log_prob(x))
     for name, gradient in {**mean, INPUT: dx}.items():  # NaN and infinity would pass through the bounds below
         _require(bool(np.isfinite(gradient).all()), f"gradient by {name} is not finite")
-    directions = [*_parameter_directions(mean, check), *_input_directions(exact, check)]
+    directions = [*_parameter_directions(mean, check), *_input_directions(exact, x, check)]
     slopes, squares = _slopes(judged, x, dx, directions, mean)
     differences, steps = _differences(exact, x, dx, directions, slopes, check.step)
     usable = steps > 0
@@ -161,8 +171,8 @@ def _check_point(judged: NICE, exact: NICE, x: Floats, check: _Check, must_resol
             found, slope = differences[rows, c], slopes[rows, c]
             # Rounding grows as the step shrinks: a smaller step is allowed more, in proportion.
             miss = np.abs(found - slope) * steps[rows, c] / check.step
-            signal[name] = max(signal.get(name, 0.0), _rms(found) / limit)
-            error, row = _rms(miss) / limit, int(np.argmax(miss))
+            signal[name] = max(signal.get(name, 0.0), rms(found) / limit)
+            error, row = rms(miss) / limit, int(np.argmax(miss))
             if error > worst:
                 worst, said = error, f"{slope[row]:.12g}, but the difference of log_prob is {found[row]:.12g}"
                 message = (
@@ -209,7 +219,7 @@ def _slopes(
         for name, gradient in gradients.items():
             total[name] += gradient / n
         for c, direction in enumerate(directions):
-            slopes[i, c] = direction.dot(dx[i] if direction.name == INPUT else -gradients[direction.name])
+            slopes[i, c] = direction.dot(dx[i] if direction.name == INPUT else -gradients[direction.name], i)
     for name, gradient in mean.items():
         gap = float(np.linalg.norm(gradient - total[name]))
         _require(gap**2 <= 1e-20 * square, f"gradient by {name} is not the mean of the rows' (off by {gap:.3g})")
@@ -230,7 +240,7 @@ def _differences(
     with a tenth of the step. That depends on the units alone, never on how well gradients and differences agree.
     """
     parameters, z = exact.parameters(), _to_inputs(exact, x)
-    on = _units_on(exact.spec, parameters, z)
+    on = units_on(exact.spec, parameters, z)
     out, steps = np.zeros((x.shape[0], len(directions))), np.zeros((x.shape[0], len(directions)))
     moved = _in_float64(exact, parameters)
     for c, direction in enumerate(directions):
@@ -239,12 +249,12 @@ def _differences(
             use, difference, slope = todo.copy(), np.zeros(x.shape[0]), np.zeros(x.shape[0])
             for weight, multiple in ((8, 1), (-8, -1), (-1, 2), (1, -2)):
                 at, values = x, parameters
-                if direction.name == INPUT:
-                    at = direction.moved(x, multiple * h)
+                if direction.unit is not None:
+                    at = _moved_inputs(exact, x, z, direction, multiple * h)
                 else:
                     values = {**parameters, direction.name: direction.moved(parameters[direction.name], multiple * h)}
                     moved.set_parameters(values)
-                use &= (_units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
+                use &= (units_on(exact.spec, values, _to_inputs(exact, at)) == on).all(axis=1)
                 difference += weight * np.asarray(moved.log_prob(at)) / (12 * h)
                 slope += weight * ((at - x) * dx).sum(axis=1) / (12 * h)
             out[use, c], steps[use, c] = difference[use], h
@@ -273,14 +283,15 @@ def _parameter_directions(gradients: Parameters, check: _Check) -> Iterator[_Dir
         yield _Direction(name, f"{name} along a random direction", random / np.linalg.norm(random))
 
 
-def _input_directions(exact: NICE, check: _Check) -> Iterator[_Direction]:
+def _input_directions(exact: NICE, x: Floats, check: _Check) -> Iterator[_Direction]:
     """Unit vectors of the flow's input space, as they look in data space: columns of data may differ in scale."""
     d = exact.n_features
     for entry in np.sort(check.rng.choice(d, min(d, check.max_checks), replace=False)):
         unit = np.where(np.arange(d) == entry, 1.0, 0.0)
-        yield _Direction(INPUT, f"{INPUT}[{entry}]", _from_inputs(exact, unit))
+        yield _Direction(INPUT, f"{INPUT}[{entry}]", _from_inputs(exact, unit, x), unit)
     random = check.rng.standard_normal(d)
-    yield _Direction(INPUT, f"{INPUT} along a random direction", _from_inputs(exact, random / np.linalg.norm(random)))
+    random /= np.linalg.norm(random)
+    yield _Direction(INPUT, f"{INPUT} along a random direction", _from_inputs(exact, random, x), random)
 
 
 # --- float32, log-determinant ------------------------
@@ -288,7 +299,7 @@ def _input_directions(exact: NICE, check: _Check) -> Iterator[_Direction]:
 
 def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
     """A float32 flow's gradients against its float64 copy's, on rows where rounding cannot switch a unit."""
-    margin = _margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
+    margin = margins(exact.spec, exact.parameters(), _to_inputs(exact, x))
     rows = x[margin > SINGLE_MARGIN] if (margin > SINGLE_MARGIN).any() else x[[int(np.argmax(margin))]]
     pairs = {INPUT: (flow.grad_log_prob(rows), exact.grad_log_prob(rows))}
     single, double = flow.loss_and_gradients(rows)[1], exact.loss_and_gradients(rows)[1]
@@ -305,7 +316,7 @@ def _compare_precisions(flow: NICE, exact: NICE, x: Floats) -> None:
 def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     """log_det of a row clear of all kinks against slogdet of its Jacobian by differences -> the error in nats."""
     d = exact.n_features
-    basis = _from_inputs(exact, np.eye(d))  # (d, d): unit vectors of input space in data space
+    basis = _from_inputs(exact, np.eye(d), row[None])  # (d, d): unit vectors of input space in data space
     jacobian = np.empty((d, d))
     for start in range(0, d, 512):
         part = step * basis[start : start + 512]
@@ -317,11 +328,19 @@ def _check_log_det(exact: NICE, row: Floats, step: float) -> float:
     return error
 
 
+def _check_inverse(exact: NICE, x: Floats) -> None:
+    """inverse must undo forward, and have the opposite log-determinant."""
+    h, log_det = exact.forward(x)
+    back, opposite = exact.inverse(h)
+    miss, allowed = float(np.abs(back - x).max()), 1e-7 * (1 + float(np.abs(x).max()))
+    _require(miss <= allowed, f"inverse does not undo forward: off by {miss:.3g}")
+    gap = float(np.abs(opposite + log_det).max())
+    _require(
+        gap <= 1e-7 * x.shape[1], f"log_det of inverse is not that of forward with the sign changed: {gap:.3g} off"
+    )
+
+
 # --- the flow seen from outside ------------------------
-
-
-def _rms(values: Floats) -> float:
-    return float(np.sqrt((values**2).mean()))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -337,64 +356,27 @@ def _in_float64(flow: NICE, parameters: Parameters) -> NICE:
 
 def _to_inputs(flow: NICE, x: Floats) -> Floats:
     """Data space to the flow's input space."""
-    for step in flow.preprocessing:
-        x = step.forward(x)
-    return x
+    return np.asarray(apply_steps(flow.preprocessing, x)[0])
 
 
-def _from_inputs(flow: NICE, vectors: Floats) -> Floats:
-    """Vectors (differences, not points) of input space in data space; preprocessing is affine."""
+def _affine(flow: NICE) -> bool:
+    return all(step.affine for step in flow.preprocessing)
+
+
+def _from_inputs(flow: NICE, vectors: Floats, x: Floats) -> Floats:
+    """Vectors (differences, not points) of input space in data space, at rows x : (n, d) if steps are not affine."""
+    if not _affine(flow):
+        z, h = _to_inputs(flow, x), 1e-5
+        ends = (undo_steps(flow.preprocessing, z + sign * h * vectors)[0] for sign in (1, -1))
+        return np.asarray(np.subtract(*ends) / (2 * h))
     moved, origin = vectors, np.zeros_like(vectors)
     for step in reversed(flow.preprocessing):
         moved, origin = step.inverse(moved), step.inverse(origin)
     return moved - origin
 
 
-def _hidden(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
-    """Every hidden layer's name and values before the ReLU : (n, h)."""
-    parts = [z[:, columns] for columns in spec.columns]
-    for k, coupling in enumerate(spec.couplings):
-        y = parts[coupling.conditions_on]
-        for j in range(len(coupling.hidden) + 1):
-            name = f"couplings/{k}/layers/{j}"
-            weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]
-            product = y @ weight
-            y = product + bias
-            if j < len(coupling.hidden):
-                yield name, y
-                y = np.maximum(product + bias, 0)  # again: the reader may have written the bias
-        parts[coupling.transforms] = apply_law(coupling.law, parts[coupling.transforms], y)
-
-
-def _units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:
-    """(n, all hidden units): which ReLUs are on."""
-    layers = [y > 0 for _, y in _hidden(spec, parameters, z)]
-    return np.concatenate([*layers, np.ones((len(z), 1), bool)], axis=1)
-
-
-def _margins(spec: ModelSpec, parameters: Parameters, z: Floats) -> Floats:
-    """(n,): distance of each row's nearest unit from its kink, relative to its layer; 0 exactly is 0 in any dtype."""
-    margin = np.full(len(z), np.inf)
-    for _, y in _hidden(spec, parameters, z):
-        distance = np.abs(y) / max(_rms(y), np.finfo(float).tiny)
-        margin = np.minimum(margin, np.where(y == 0, np.inf, distance).min(axis=1))
-    return margin
-
-
-def _drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator) -> Parameters:
-    """Parameters for which every array has a gradient that differences can see and a ReLU mask matters.
-
-    Weights as He et al. 2015 (2 / fan_in), the last layer's smaller so that the Jacobian is well conditioned. Biases
-    put every second unit of each layer on and the others off in the first row, all clear of the kink.
-    """
-    parameters: Parameters = {}
-    for name, shape in spec.parameter_shapes().items():
-        parameters[name] = rng.standard_normal(shape) * (np.sqrt(2 / shape[0]) if name.endswith("weight") else 0.1)
-    for k, coupling in enumerate(spec.couplings):
-        parameters[f"couplings/{k}/layers/{len(coupling.hidden)}/weight"] *= 0.5
-    parameters["scaling/log_scale"] = rng.uniform(0.1, 0.5, spec.n_features)
-    for name, y in _hidden(spec, parameters, z[:1]):
-        sign = np.where(np.arange(y.shape[1]) % 2 == 0, 1, -1)
-        target = sign * (0.3 + np.abs(rng.standard_normal(y.shape[1])))
-        parameters[f"{name}/bias"] += target - y[0]
-    return parameters
+def _moved_inputs(flow: NICE, x: Floats, z: Floats, direction: _Direction, h: float) -> Floats:
+    """x : (n, d) moved by h along a direction of input space, in which the rows are z : (n, d)."""
+    if direction.unit is None or _affine(flow):
+        return direction.moved(x, h)
+    return np.asarray(undo_steps(flow.preprocessing, z + h * direction.unit)[0])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.bounded import moments_after
 from nicecp.data import column_stats
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
@@ -58,15 +59,19 @@ def whitening_step(
             return (fit_zca(train, steps, regularization),)
         if kind == "gaussian":
             return (fit_gaussian(train, steps, regularization),)
+        if not all(step.affine for step in steps):
+            raise ValueError("whiten must be zca or gaussian behind a logit, whose closed form approximate would learn")
         return (fit_approximate(train, steps, valid, backend=backend, seed=seed).step,)
 
 
 def moments(split: Split, steps: tuple[Step, ...] = ()) -> tuple[FloatArray, FloatArray]:
     """Mean (d,) and covariance (d, d, divided by the number of rows) of a split's rows after ``steps``, float64.
 
-    Two passes in blocks. Steps may be a dequantization and a
-    standardisation. Raises DataError as column_stats.
+    Two passes in blocks. Without a logit the dequantization noise is accounted for exactly, with one it is drawn.
+    Raises DataError as column_stats, ValueError for steps that mix features.
     """
+    if not all(step.affine for step in steps):
+        return moments_after(split, steps)
     shift, scale, matrix = loading(steps, split.source.n_features)
     if matrix is not None:
         raise ValueError("moments are those of data without whitening")

@@ -135,6 +135,12 @@ def order_of(spec: ModelSpec) -> list[int]:
     return list(range(d)) if spec.partition == "halves" else [*range(0, d, 2), *range(1, d, 2)]
 
 
+def logit(x: F64, low: F64, width: F64, margin: float) -> tuple[F64, F64]:
+    """x : (n, k) in low..low + width -> z : (n, k), and each row's own part of log abs det : (n,)."""
+    p = margin + (1 - 2 * margin) * (x - low) / width
+    return np.log(p / (1 - p)), -np.log(p * (1 - p)).sum(axis=1)
+
+
 def relu(x: NDArray[Any]) -> NDArray[Any]:
     return np.where(np.isnan(x.real) | (x.real > 0), x, 0)
 

@@ -215,6 +215,21 @@ def check_factor_backward(backend: Backend, dtype: str, n: int, k: int, law: str
     device.close(dm, expected_dm, "dm")
 
 
+def check_logit(
+    backend: Backend, dtype: str, n: int, k: int, margin: float, aliased: bool = False, first: bool = True
+) -> None:
+    device = Device(backend, dtype)
+    shift, width = device.rng.normal(0, 3, k), device.rng.uniform(0.5, 4, k)
+    x = (shift + width * device.rng.uniform(1e-3, 1 - 1e-3, (n, k))).astype(dtype).astype(float)
+    device_x, log_det = device.put(x), device.out(n, dtype="float64")
+    z = device_x if aliased else device.out(n, k)
+    scaling = (device.put(values, "float64") for values in (shift, 1 / width))
+    backend.logit_forward(z, log_det, device_x, *scaling, margin, first)
+    expected, expected_log_det = oracle.logit(x, shift, width, margin)
+    device.close(z, expected, f"logit, margin {margin}")
+    assert_close(device.get(log_det), expected_log_det + (0 if first else SENTINEL), 1e-12, "log_det")
+
+
 def check_scale_prior_forward(backend: Backend, dtype: str, n: int, d: int, prior: str, aliased: bool) -> None:
     device = Device(backend, dtype)
     x, s = 3 * device.normal(n, d), device.normal(d) / 2

@@ -96,3 +96,29 @@ def test_noise_is_a_matter_of_row_epoch_and_purpose_only(backend: Backend) -> No
 @PARTITION
 def test_split_and_join(backend: Backend, dtype: str, n: int, d: int, partition: str) -> None:
     checks.check_split_join(backend, dtype, n, d, partition)
+
+
+@DTYPES
+@ROWS_COLUMNS
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_logit(backend: Backend, dtype: str, n: int, d: int, margin: float) -> None:
+    checks.check_logit(backend, dtype, n, d, margin)
+    checks.check_logit(backend, dtype, n, d, margin, aliased=True, first=False)
+
+
+@DTYPES
+def test_logit_of_the_edges_and_beyond(backend: Backend, dtype: str) -> None:
+    """Infinite at the very ends without a margin, log(m / (1 - m)) with one; NaN outside, in its own row alone."""
+    device = Device(backend, dtype)
+    x = device.put(np.array([[0.0, 0.5], [1.0, 0.5], [-1e-3, 0.5], [1.001, 0.5], [np.nan, 0.5], [0.25, 0.5]]))
+    z, log_det = device.out(6, 2), device.out(6, dtype="float64")
+    shift, scale = device.put(np.zeros(2), "float64"), device.put(np.ones(2), "float64")
+    backend.logit_forward(z, log_det, x, shift, scale, 0.0, True)
+    inf, nan = np.inf, np.nan
+    np.testing.assert_allclose(device.get(z)[:, 0], [-inf, inf, nan, nan, nan, -np.log(3)], rtol=1e-6)
+    np.testing.assert_array_equal(device.get(z)[:, 1], 0)
+    np.testing.assert_allclose(device.get(log_det)[[0, 1, 5]], [inf, inf, np.log(16 / 3) + np.log(4)], rtol=1e-12)
+    assert np.isnan(device.get(log_det)[2:5]).all()
+    backend.logit_forward(z, log_det, x, shift, scale, 0.01, True)
+    np.testing.assert_allclose(device.get(z)[:2, 0], [-np.log(99), np.log(99)], rtol=1e-6)
+    assert np.isfinite(device.get(log_det)[:4]).all()

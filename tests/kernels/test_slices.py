@@ -45,6 +45,7 @@ def test_layers_in_parts_agree_with_the_oracle(
 def test_borders_in_parts_agree_with_the_oracle(slicing: NumbaBackend, dtype: str, n: int, d: int) -> None:
     checks.check_load_batch(slicing, dtype, np.uint8, n, d)
     checks.check_load_batch(slicing, dtype, np.float32, n, d)
+    checks.check_logit(slicing, dtype, n, d, 0.01, first=False)
     checks.check_load_batch(slicing, dtype, np.uint8, n, d, partition="random")
     checks.check_load_batch(slicing, dtype, np.float64, n, d, partition="random")
     checks.check_couple(slicing, dtype, n, d, -1, True)

@@ -10,16 +10,8 @@ import pytest
 
 from nicecp.cli import train as cli_train
 from nicecp.optimizers import AdaM, RMSProp
-from nicecp.presets import (
-    CHOICES,
-    NAMES,
-    PRESETS,
-    Settings,
-    choose,
-    contradiction,
-    resolve,
-    valid_fraction_of,
-)
+from nicecp.preset_table import CHOICES, PRESETS, choose, valid_fraction_of
+from nicecp.presets import NAMES, Settings, contradiction, resolve
 
 WINDOW = 1000
 

@@ -1,0 +1,69 @@
+"""A flow's networks in plain NumPy, for checks: where their ReLUs have their kinks, and parameters clear of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp.coupling import apply_law
+from nicecp.records import Parameters
+from nicecp.spec import ModelSpec
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def rms(values: Floats) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
+    """Every hidden layer's name and values before the ReLU : (n, h)."""
+    parts = [z[:, columns] for columns in spec.columns]
+    for k, coupling in enumerate(spec.couplings):
+        y = parts[coupling.conditions_on]
+        for j in range(len(coupling.hidden) + 1):
+            name = f"couplings/{k}/layers/{j}"
+            weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]
+            product = y @ weight
+            y = product + bias
+            if j < len(coupling.hidden):
+                yield name, y
+                y = np.maximum(product + bias, 0)  # again: the reader may have written the bias
+        parts[coupling.transforms] = apply_law(coupling.law, parts[coupling.transforms], y)
+
+
+def units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:
+    """(n, all hidden units): which ReLUs are on."""
+    layers = [y > 0 for _, y in hidden_layers(spec, parameters, z)]
+    return np.concatenate([*layers, np.ones((len(z), 1), bool)], axis=1)
+
+
+def margins(spec: ModelSpec, parameters: Parameters, z: Floats) -> Floats:
+    """(n,): distance of each row's nearest unit from its kink, relative to its layer; 0 exactly is 0 in any dtype."""
+    margin = np.full(len(z), np.inf)
+    for _, y in hidden_layers(spec, parameters, z):
+        distance = np.abs(y) / max(rms(y), np.finfo(float).tiny)
+        margin = np.minimum(margin, np.where(y == 0, np.inf, distance).min(axis=1))
+    return margin
+
+
+def drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator) -> Parameters:
+    """Parameters for which every array has a gradient that differences can see and a ReLU mask matters.
+
+    Weights as He et al. 2015 (2 / fan_in), the last layer's smaller so that the Jacobian is well conditioned. Biases
+    put every second unit of each layer on and the others off in the first row, all clear of the kink.
+    """
+    parameters: Parameters = {}
+    for name, shape in spec.parameter_shapes().items():
+        parameters[name] = rng.standard_normal(shape) * (np.sqrt(2 / shape[0]) if name.endswith("weight") else 0.1)
+    for k, coupling in enumerate(spec.couplings):
+        parameters[f"couplings/{k}/layers/{len(coupling.hidden)}/weight"] *= 0.5
+    parameters["scaling/log_scale"] = rng.uniform(0.1, 0.5, spec.n_features)
+    for name, y in hidden_layers(spec, parameters, z[:1]):
+        sign = np.where(np.arange(y.shape[1]) % 2 == 0, 1, -1)
+        target = sign * (0.3 + np.abs(rng.standard_normal(y.shape[1])))
+        parameters[f"{name}/bias"] += target - y[0]
+    return parameters
