@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options
+from nicecp.cli.options import SEED, command, data_name, json_option, machine_options, memory_option
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -43,6 +43,7 @@ EXAMPLES = """\
     help="Beside it a full-covariance Gaussian fitted to the training rows, factor analysis and a mixture where "
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
+@memory_option
 @machine_options
 @json_option
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
     split: str,
     seed: int | None,
     comparing: bool,
+    memory_limit: int | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -65,7 +67,7 @@ def evaluate(
     from nicecp.scoring import score
 
     ranks = join()
-    result = score(checkpoint, data, split, seed, device, threads, ranks)
+    result = score(checkpoint, data, split, seed, device, threads, ranks, memory_limit)
     others = []
     if comparing and ranks.rank == 0:
         from nicecp.baselines import compare

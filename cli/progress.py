@@ -13,8 +13,9 @@ from typing import Any
 
 from nicecp.cli.console import Output, around_line, clock
 from nicecp.describe import plain
+from nicecp.outcome import Progress
 from nicecp.records import EpochRecord
-from nicecp.run import Progress, Run
+from nicecp.run import Run
 from nicecp.train import Callback, Trainer
 
 REFRESH = 0.3  # seconds

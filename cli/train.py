@@ -17,6 +17,7 @@ from nicecp.cli.options import (
     json_option,
     laws,
     machine_options,
+    memory_option,
     value_range,
 )
 from nicecp.cli.stops import describe_stop
@@ -176,6 +177,7 @@ def _number_options(function: Any) -> Any:
     "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
     "with depth; checked every epoch.",
 )
+@memory_option
 @machine_options
 @click.option(
     "--checkpoint-every",
@@ -297,7 +299,7 @@ _NAMES = (
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations")
+    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations", "memory_limit")
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -14,8 +14,9 @@ from nicecp.cli.progress import Display
 from nicecp.describe import model_line, plain, source_line, splits_line
 from nicecp.evaluate import Evaluation
 from nicecp.machine import as_bytes, blas_version
+from nicecp.outcome import Outcome
 from nicecp.plan import cost_of_run, time_steps
-from nicecp.run import Outcome, Run
+from nicecp.run import Run
 
 OUTPUT_FAILED = 2
 

@@ -16,8 +16,10 @@ from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.split import SequentialReader, Split
+from nicecp.stream import read_ahead
 
 BATCH = 1000  # rows
+READ_ROWS = 2**16  # at a time, of splits with more; others stay in memory
 FloatArray = NDArray[np.float64]
 
 
@@ -68,14 +70,21 @@ class Evaluator:
     Of several ranks each scores its share of the rows, and all have the result.
     """
 
-    def __init__(self, flow: NICE, split: Split, batch_size: int = BATCH, communicator: Communicator = ALONE) -> None:
+    def __init__(
+        self,
+        flow: NICE,
+        split: Split,
+        batch_size: int = BATCH,
+        communicator: Communicator = ALONE,
+        read_rows: int = READ_ROWS,
+    ) -> None:
         check_fits(flow, split)
         if len(split) == 0:
             raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
         self.flow, self.split, backend = flow, split, flow.backend
         self._communicator = communicator
         share = communicator.rank, communicator.size
-        self._reader = SequentialReader(split, min(batch_size, len(split)), share=share)
+        self._reader = SequentialReader(split, min(batch_size, len(split)), read_rows, share)
         self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
         self._loader = Loader(flow, self._reader.batch_size)
@@ -85,7 +94,7 @@ class Evaluator:
         backend, ws = self.flow.backend, self._ws
         out = np.zeros(len(self.split), np.float64)
         offset, done = log_det(self.flow.preprocessing), self._reader.begin
-        for window in self._reader:
+        for window in self._reader if self._reader.resident else read_ahead(iter(self._reader)):
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
 
@@ -140,11 +149,18 @@ def bits_per_dim(flow: NICE, mean: float) -> float | None:
     return None
 
 
-def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0, communicator: Communicator = ALONE) -> Evaluation:
+def evaluate(
+    flow: NICE,
+    split: Split,
+    seed: int = 0,
+    epoch: int = 0,
+    communicator: Communicator = ALONE,
+    read_rows: int = READ_ROWS,
+) -> Evaluation:
     """Mean log-likelihood of a split under a flow.
 
     Raises DataError where the data do not fit the flow, or where a row's log-density is not finite.
     """
-    evaluator = Evaluator(flow, split, communicator=communicator)
+    evaluator = Evaluator(flow, split, communicator=communicator, read_rows=read_rows)
     with flow.backend.computing():
         return evaluator.run_checked(flow.network.layout.views(flow.flat), seed, epoch)

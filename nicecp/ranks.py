@@ -22,7 +22,6 @@ from nicecp.kernels.backend import Array, Backend
 from nicecp.network import Network, Workspace
 from nicecp.parallel import Communicator, Pending
 from nicecp.params import Layout, Range, Views
-from nicecp.split import Rows
 
 BUCKET_BYTES = 2**22  # of gradients from which a sum is begun: below, messages cost more than they hide
 
@@ -96,11 +95,6 @@ class SharedStep:
         ws.logp, ws.weight = self._all[:batch_size][own], self._all[batch_size : 2 * batch_size][own]
         ws.dlogp = self._dlogp[own]
         self._buckets = buckets_of(trainer.network.layout, trainer.g.dtype.itemsize)
-
-    def part_of(self, indices: Rows) -> Rows:
-        """(batches * batch size,) of a window -> this rank's (batches * own rows,)."""
-        own = indices.reshape(-1, self._batch)[:, self.own.start : self.own.stop]
-        return np.ascontiguousarray(own).reshape(-1)
 
     # --- the step -----------------------------------------------------------------------------------------------------
 

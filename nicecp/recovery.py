@@ -41,7 +41,6 @@ class Recoverable(Protocol):
     flow: NICE
     backend: Backend
     record: RunRecord
-    reader: EpochReader
     train_split: Split
     p: Array
     m: Array
@@ -50,6 +49,9 @@ class Recoverable(Protocol):
     state: Array
     views: Views
     position: int
+
+    @property
+    def reader(self) -> EpochReader: ...
 
 
 class Recovery:

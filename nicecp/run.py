@@ -8,25 +8,27 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.columns import discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
-from nicecp.evaluate import Evaluation, evaluate
+from nicecp.evaluate import READ_ROWS, evaluate
 from nicecp.fitting import prepared
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
 from nicecp.kernels.backend import Slot
 from nicecp.locking import claim
 from nicecp.machine import open_backend, require_memory, versions
+from nicecp.memory import within
+from nicecp.outcome import Outcome, Progress
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
 from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
-from nicecp.records import RunRecord, note_differences
+from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
@@ -37,34 +39,6 @@ logger = logging.getLogger("nicecp")
 ROUND_TRIP_ROWS = 256
 
 StrPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is. Log-likelihoods in nats per row: the running epoch's so far, and the last validation's."""
-
-    epoch: int  # the running one, from 1
-    epochs: int
-    fraction: float  # of the whole run
-    train_log_likelihood: float
-    valid_log_likelihood: float
-    rows_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of Run.execute. Evaluations are of the best model and None where there are no rows, or after a stop."""
-
-    finished: bool
-    stopped_by: int | None  # the signal, if one came
-    record: RunRecord
-    train: Evaluation | None
-    valid: Evaluation | None
-    test: Evaluation | None
-    round_trip: float  # max |x - f^-1(f(x))| over round_trip_rows rows
-    round_trip_rows: int
-    seconds: float  # of this process
 
 
 class Run:
@@ -82,10 +56,11 @@ class Run:
         out: str | None,
         saving: Saving,
         communicator: Communicator = ALONE,
+        read_rows: int = READ_ROWS,
     ) -> None:
         self.settings, self.data, self.splits, self.flow, self.out = settings, data, splits, flow, out
         self._held = contextlib.ExitStack()  # the output's lock and the data: released by close
-        config = settings.train_config()
+        config = replace(settings.train_config(), read_rows=read_rows)
         self._keeper = Keeper(self, saving)
         self.communicator = communicator
         self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper], communicator)
@@ -116,6 +91,7 @@ class Run:
         checkpoint_every: float = CHECKPOINT_EVERY,
         checkpoint_epochs: int | None = None,
         keep: int = 1,
+        memory_limit: int | None = None,
         communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
@@ -128,6 +104,7 @@ class Run:
         preset, optimizer, numbers, **given : see nicecp.presets.resolve
         overwrite : replace existing files at the first checkpoint
         checkpoint_every, checkpoint_epochs, keep : seconds; epochs; state files that are kept (nicecp.keeper.Saving)
+        memory_limit : bytes that the process may have in memory, by keeping fewer rows there (nicecp.memory)
         communicator : of the ranks that carry out the run together, all of which make the same calls; rank 0 writes
 
         Raises
@@ -150,13 +127,15 @@ class Run:
             settings = resolve(data, source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
+            settings, read_rows = within(memory_limit, settings, splits)
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, communicator.threads() if threads is None else threads)
             steps = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
-            run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving, communicator)
+            path = None if out is None else os.fspath(out)
+            run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
             run.trainer.record.events += first(lambda: discrete_columns_noted(splits.train))
             run._held = held.pop_all()
             return run
@@ -176,6 +155,7 @@ class Run:
         preset: str = "auto",
         optimizer: str | None = None,
         numbers: Mapping[str, float | None] | None = None,
+        memory_limit: int | None = None,
         communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
@@ -200,8 +180,9 @@ class Run:
         with contextlib.ExitStack() as held:
             communicator.from_first(lambda: claim(held, out))
             run = cls._from_files(
-                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given, communicator
-            )
+                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given, communicator,
+                memory_limit,
+            )  # fmt: skip
             held.callback(run.splits.close)
             run._held = held.pop_all()
             return run
@@ -220,6 +201,7 @@ class Run:
         numbers: Mapping[str, float | None] | None,
         given: Mapping[str, Any],
         communicator: Communicator,
+        memory_limit: int | None,
     ) -> Run:
         """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
@@ -248,7 +230,8 @@ class Run:
             changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
             check_same_data(flow, splits, None if changed else record)
             communicator.from_first(lambda: check_finite(splits))
-            run = cls(settings, data, splits, flow, out, saving, communicator)
+            settings, read_rows = within(memory_limit, settings, splits, resumed=True)
+            run = cls(settings, data, splits, flow, out, saving, communicator, read_rows)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads
@@ -376,10 +359,10 @@ class Run:
             )
         # The best model; a run that was finished before it was resumed has not put it in place itself.
         self.flow.set_parameters(trainer.resume_state().best_parameters)
-        seed, best, ranks = self.settings.seed, trainer.record.best_epoch, self.communicator
-        train = evaluate(self.flow, splits.train, seed, 0, ranks)
-        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best, ranks)
-        test = None if splits.test is None else evaluate(self.flow, splits.test, seed, 0, ranks)
+        seed, best, how = self.settings.seed, trainer.record.best_epoch, (self.communicator, trainer.config.read_rows)
+        train = evaluate(self.flow, splits.train, seed, 0, *how)
+        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best, *how)
+        test = None if splits.test is None else evaluate(self.flow, splits.test, seed, 0, *how)
         rows = example_rows(self.flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
         error = round_trip_error(self.flow, rows)
         return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)

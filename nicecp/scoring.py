@@ -18,6 +18,7 @@ from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
+from nicecp.memory import scored_within
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
@@ -56,6 +57,7 @@ def score(
     device: str = "auto",
     threads: int | None = None,
     communicator: Communicator = ALONE,
+    memory_limit: int | None = None,
 ) -> Score:
     """Mean log-likelihood of a checkpoint's flow on data (nats per row, in the data's space).
 
@@ -69,6 +71,7 @@ def score(
     seed : int, optional
         Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
     communicator : of the ranks that share the rows, all of which make the same call and have the result
+    memory_limit : bytes that the process may have in memory (nicecp.memory)
 
     Raises
     ------
@@ -85,7 +88,10 @@ def score(
     try:
         # As the run did it: each epoch's validation has noise of its own, and the best epoch's numbers were reported.
         epoch = record.best_epoch if record is not None and split.purpose == Purpose.VALID_NOISE else 0
-        return Score(evaluate(flow, split, seed, epoch, communicator), describe_rows(split), split.source.name, seed)
+        read_rows = scored_within(memory_limit, flow, split)
+        return Score(
+            evaluate(flow, split, seed, epoch, communicator, read_rows), describe_rows(split), split.source.name, seed
+        )
     finally:
         split.source.close()
 

@@ -124,6 +124,25 @@ class Split:
                 done = end
         return data, rows
 
+    def load_rows(self, blocks: Rows, offsets: Rows, data: NDArray[Any], rows: Rows) -> None:
+        """Row offsets[i] of block blocks[i], ascending -> data[i], its file row rows[i]; neighbours read together."""
+        row_bytes = self.source.n_features * self.source.dtype.itemsize
+        step = max(1, _READ_BYTES // (row_bytes * BLOCK))
+        at = 0
+        while at < len(blocks):
+            # blocks b, b + 1, ... as long as each is wanted
+            first = int(blocks[at])
+            inside = np.searchsorted(blocks, np.arange(first, first + step + 1))
+            gap = np.flatnonzero(np.diff(inside) == 0)
+            count = int(gap[0]) if len(gap) else step
+            end = int(inside[count])
+            run = np.arange(first, first + count)
+            start, stop = self._file_range(run)
+            chosen = [self.rows_of_block(int(block))[offsets[inside[i] : inside[i + 1]]] for i, block in enumerate(run)]
+            rows[at:end] = np.concatenate(chosen)
+            np.take(self.source.read(start, stop), rows[at:end] - start, axis=0, out=data[at:end], mode="clip")
+            at = end
+
     def _file_range(self, run: Rows) -> tuple[int, int]:
         return self.start + int(run[0]) * BLOCK, min(self.start + (int(run[-1]) + 1) * BLOCK, self.stop)
 
@@ -189,9 +208,7 @@ class EpochReader:
         split, size = self.split, self.batch_size
         stop = self.n_batches * size  # positions in the epoch's order
         begin = skip_batches * size
-        keys = random_keys(self.seed, Purpose.SHUFFLE, epoch, np.arange(split.n_blocks))
-        order = np.argsort(keys, kind="stable")
-        ends = np.cumsum(split.bounds[order + 1] - split.bounds[order])  # positions where the blocks end
+        order, ends = self.sequence(epoch)
         kept = np.empty((0, split.source.n_features), split.source.dtype)  # rows left over from the window before
         kept_rows = np.empty(0, np.int64)
         for first in range(begin // self.window * self.window if begin < stop else stop, stop, self.window):
@@ -209,6 +226,13 @@ class EpochReader:
             left = index[count * size :]
             if last < len(split):
                 kept, kept_rows = data[left], rows[left]
+
+    def sequence(self, epoch: int) -> tuple[Rows, Rows]:
+        """The split's blocks in the epoch's order, and the positions in that order where they end."""
+        split = self.split
+        keys = random_keys(self.seed, Purpose.SHUFFLE, epoch, np.arange(split.n_blocks))
+        order = np.argsort(keys, kind="stable")
+        return order, np.cumsum(split.bounds[order + 1] - split.bounds[order])
 
     def _shuffled(self, epoch: int, first: int, last: int) -> Rows:
         positions = np.arange(first, last, dtype=np.int64)
@@ -255,6 +279,11 @@ class SequentialReader:
     @property
     def n_batches(self) -> int:
         return -(-len(self.split) // self.batch_size)
+
+    @property
+    def resident(self) -> bool:
+        """True if the share stays in memory."""
+        return self._end - self.begin <= self.window
 
     def __iter__(self) -> Iterator[Window]:
         n = self._end - self.begin

@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.errors import TrainingError
-from nicecp.evaluate import Evaluator, check_fits, log_det
+from nicecp.evaluate import READ_ROWS, Evaluator, check_fits, log_det
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
@@ -24,7 +26,8 @@ from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
 from nicecp.spec import whole_number
-from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split, Window
+from nicecp.split import SHUFFLE_WINDOW, Split, Window
+from nicecp.stream import StreamReader
 
 logger = logging.getLogger("nicecp")
 
@@ -37,7 +40,8 @@ UPDATE_BY_LAYER = 2**17
 class TrainConfig:
     """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
 
-    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS.
+    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS. window,
+    read_rows: rows shuffled together, and validation rows read at a time; what has more is not kept in memory.
     """
 
     epochs: int = 100
@@ -47,15 +51,16 @@ class TrainConfig:
     seed: int = 0
     window: int = SHUFFLE_WINDOW
     activations: str = "store"
+    read_rows: int = READ_ROWS
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
-        for name in ("epochs", "batch_size", "window", "seed"):
+        for name in ("epochs", "batch_size", "window", "read_rows", "seed"):
             whole_number(getattr(self, name), name)
         if self.patience is not None:
             whole_number(self.patience, "patience")
-        for name in ("epochs", "batch_size", "window"):
+        for name in ("epochs", "batch_size", "window", "read_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**64:
@@ -114,10 +119,10 @@ class Trainer:
     ) -> None:
         check_fits(flow, train)
         self.communicator = communicator
-        rows = len(own_rows(config.batch_size, communicator))  # of every batch
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
-        self.reader = EpochReader(train, config.batch_size, config.seed, max(config.window, config.batch_size))
+        window, own = max(config.window, config.batch_size), own_rows(config.batch_size, communicator)
+        self.reader = StreamReader(train, config.batch_size, config.seed, window, own)
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
@@ -137,16 +142,16 @@ class Trainer:
         backend.copy_in(self.state, host)
         self.best[...] = self.p
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
-        self.workspace = network.workspace(rows, keep=True, activations=config.activations)
-        self._loader = Loader(flow, rows)
+        self.workspace = network.workspace(len(own), keep=True, activations=config.activations)
+        self._loader = Loader(flow, len(own))
         self._evaluator = None
         if valid is not None and len(valid):
-            self._evaluator = Evaluator(flow, valid, communicator=communicator)
+            self._evaluator = Evaluator(flow, valid, communicator=communicator, read_rows=config.read_rows)
         # Steps read these two arrays at every window, so that a recorded step stays valid.
         capacity = min(len(train), self.reader.window + config.batch_size)
         self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
         self._data: Array = None
-        self._window: Window | None = None
+        self._recorded: list[tuple[NDArray[Any], Array, Callable[[], None]]] = []
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
         self._recovery = Recovery(self)
@@ -202,17 +207,25 @@ class Trainer:
 
     def _open(self, window: Window) -> None:
         """Make a window of rows the one that steps read."""
-        index, rows = window.index, window.rows
-        if self._shared is not None:
-            index, rows = self._shared.part_of(index), self._shared.part_of(rows)
-        self.backend.copy_in(self._index[: len(index)], index)
-        self.backend.copy_in(self._rows[: len(rows)], rows)
+        count = len(window.index)
+        self.backend.copy_in(self._index[:count], window.index)
+        self.backend.copy_in(self._rows[:count], window.rows)
         self._set(CURSOR=0.0)
-        if self._window is None or self._window.data is not window.data:
-            self._data = self.backend.asarray(window.data)
-            self._runnable = self.backend.record(self._step) if self._shared is None else self._shared.record()
-        self._window, self._batches_left = window, window.n_batches
+        self._use(window.data)
+        self._batches_left = window.n_batches
         self._recovery.window_opened()
+
+    def _use(self, data: NDArray[Any]) -> None:
+        """Steps read these rows: one array in memory, or two buffers in turn whose content changes."""
+        for host, device, runnable in self._recorded:
+            if host is data:
+                if device is not host and not self.reader.resident:
+                    self.backend.copy_in(device, data)
+                self._data, self._runnable = device, runnable
+                return
+        self._data = self.backend.asarray(data)
+        self._runnable = self.backend.record(self._step) if self._shared is None else self._shared.record()
+        self._recorded.append((data, self._data, self._runnable))
 
     def _set(self, **slots: float) -> None:
         host = self.backend.copy_out(self.state)
@@ -261,8 +274,11 @@ class Trainer:
             self._shared.request = self._shared.stop = 0
         # An overflow shows in the loss: the step is skipped, counted and reported.
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
-            while not self.finished and not self.stopped:
-                self._run_epoch()
+            try:
+                while not self.finished and not self.stopped:
+                    self._run_epoch()
+            finally:
+                self.reader.close()
         if self.finished:
             self.p[...] = self.best
             if self.record.best_epoch == 0:

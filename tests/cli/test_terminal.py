@@ -19,7 +19,7 @@ import pytest
 
 from nicecp.checkpoint import load_run, load_state
 from nicecp.cli.progress import layout
-from nicecp.run import Progress
+from nicecp.outcome import Progress
 from tests.nicecp.runs import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
