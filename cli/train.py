@@ -31,6 +31,8 @@ EXAMPLES = """\
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
   nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
+  nicecp train --data table.h5 --transform auto --out table-run.h5
+  nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   mpirun -n 4 nicecp train --data big.h5 --out big-run.h5
   nicecp train --resume mnist-run.h5
@@ -165,6 +167,14 @@ def _number_options(function: Any) -> Any:
     show_default="0",
     help="Added to the variances that zca and gaussian whitening divide by.",
 )
+@click.option(
+    "--transform",
+    metavar="KIND|COLUMN=KIND,...",
+    show_default=PRESET,
+    help="Transforms of single float columns, before standardisation: none; auto, which says what it chose and why; or "
+    "for each column standardize, log(LOW), logit(LOW:HIGH), student, quantile, angle(PERIOD) or recorded(STEP), "
+    "several joined by +; COLUMN is a name, a number from 0, or * for all others (docs/tables.md).",
+)
 @click.option("--no-standardize", is_flag=True, help="Use float columns as they are.")
 @click.option(
     "--allow-constant", is_flag=True, help="Accept constant float columns (the likelihood is then unbounded)."
@@ -196,6 +206,9 @@ def _number_options(function: Any) -> Any:
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Print model, memory, operations and time, and write nothing.")
+@click.option(
+    "--profile", is_flag=True, help="Print where a step's time goes, by kind of call, and write nothing (CPU)."
+)
 @json_option
 def train(
     data: str | None,
@@ -215,6 +228,7 @@ def train(
     keep: int,
     overwrite: bool,
     dry_run: bool,
+    profile: bool,
     as_json: bool,
     **given: Any,
 ) -> int:
@@ -227,8 +241,8 @@ def train(
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
-    if resume is not None and dry_run:
-        raise click.UsageError("--dry-run is for new runs: leave --resume out")
+    if resume is not None and (dry_run or profile):
+        raise click.UsageError(f"--{'dry-run' if dry_run else 'profile'} is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
@@ -261,10 +275,13 @@ def train(
         if resume is not None:
             run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
         else:
-            run = Run.start(data, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
+            run = Run.start(data, None if dry_run or profile else out or "run.h5", overwrite=overwrite, **settings)
         with run:
             if dry_run:
                 training.show_plan(run, as_json)
+            if profile:
+                training.show_profile(run, as_json)
+            if dry_run or profile:
                 return 0
             return training.carry_out(run, as_json)
     except ValueError as error:
@@ -295,11 +312,21 @@ _NAMES = (
     "preset",
     "optimizer",
     "partition",
+    "transform",
 )
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations", "memory_limit")
+    for name in (
+        *_NAMES,
+        "valid_fraction",
+        "whiten",
+        "regularization",
+        "logit",
+        "activations",
+        "transform",
+        "memory_limit",
+    )
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -9,6 +9,7 @@ import numpy as np
 from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
+from nicecp.kernels._numba_columns import copy_columns, gather
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_logit import logit_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
@@ -26,6 +27,7 @@ _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_P
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
 _LOGIT_FORWARD = Op.LOGIT_FORWARD
+_GATHER, _COPY_COLUMNS = Op.GATHER, Op.COPY_COLUMNS
 _STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
@@ -81,6 +83,28 @@ def _logit(at, number, a, b, one):  # type: ignore[no-untyped-def]
     z, x = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + skipped, n, k, one)
     log_det, shift, scale = _vector(at[2] + 8 * a, n, _DOUBLE), _vector(at[3], k, _DOUBLE), _vector(at[4], k, _DOUBLE)
     logit_forward(z, log_det, x, shift, scale, _vector(at[5], 1, _DOUBLE)[0], number[1] != 0)
+
+
+@kernel
+def _beside(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
+    n = b - a  # rows
+    if code == _COPY_COLUMNS:
+        to, width, start, from_, size = number[0], number[1], number[2], number[3], item_size(one)
+        out, x = _matrix(at[0] + a * to * size, n, to, one), _matrix(at[1] + a * width * size, n, width, one)
+        copy_columns(out, start, x, from_, number[4])
+        return
+    all_rows, k, m, given, out_wide, wide = number[0], number[1], number[2], number[3], number[4] != 0, number[5] != 0
+    first = np.int64(_vector(at[3], _STATE, _DOUBLE)[_CURSOR]) * all_rows + a
+    known = first >= 0 and first + n <= given  # beyond the window is padding, and nothing is read
+    index = _vector(at[2] + 8 * first if known else at[2], n if known else 0, _INTEGER)
+    if out_wide and wide:
+        gather(_matrix(at[0] + 8 * a * k, n, k, _DOUBLE), _matrix(at[1], m, k, _DOUBLE), index)
+    elif out_wide:
+        gather(_matrix(at[0] + 8 * a * k, n, k, _DOUBLE), _matrix(at[1], m, k, _SINGLE), index)
+    elif wide:
+        gather(_matrix(at[0] + 4 * a * k, n, k, _SINGLE), _matrix(at[1], m, k, _DOUBLE), index)
+    else:
+        gather(_matrix(at[0] + 4 * a * k, n, k, _SINGLE), _matrix(at[1], m, k, _SINGLE), index)
 
 
 @kernel
@@ -226,6 +250,8 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _scale_prior(code, at, number, a, b, one)
             elif code == _LOGIT_FORWARD:
                 _logit(at, number, a, b, one)
+            elif code == _GATHER or code == _COPY_COLUMNS:
+                _beside(code, at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)
             else:

@@ -26,6 +26,8 @@ from typing import Any, TypeAlias
 
 from numpy.typing import DTypeLike, NDArray
 
+from nicecp.errors import DeviceError
+
 Array: TypeAlias = Any  # a NumPy array on CPUs, a CuPy array on GPUs; kernels check shapes where they are called
 
 ALIGNMENT = 256  # bytes: every buffer and every parameter view starts on such a boundary
@@ -118,6 +120,14 @@ class Backend(ABC):
         a GPU in a graph, and what they work on must keep its place in memory. Fills are not recorded.
         """
 
+    def host(self, function: Callable[[], None], reads: Sequence[Array], writes: Sequence[Array]) -> None:
+        """Call a Python function here, in a recorded step too, between the calls before and after it.
+
+        reads, writes : the arrays that it works on, in place. For couplings and networks in NumPy, which only devices
+        whose arrays are NumPy's can serve: others raise DeviceError, as here.
+        """
+        raise DeviceError(f"couplings and networks of your own run on a CPU, not on {self.device!r}: use --device cpu")
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all that was launched has finished."""
@@ -173,6 +183,21 @@ class Backend(ABC):
         shift, scale : (k,) float64, as the computation is; 0 <= margin < 1/2. log_det : (n,) float64 = (first) or +=
         -sum(log p + log(1 - p)): each row's own part; the factor (1 - 2 margin) scale, which all rows have in common,
         is not in it. p outside (0, 1) gives NaN, p = 0 or 1 infinities. No backward: it comes before the parameters.
+        """
+
+    @abstractmethod
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        """out[i] = source[index[cursor * n + i]], cast to out's dtype, and 0 where that index is negative.
+
+        out : (n,) or (n, k) float64 or the flow's dtype; source : (m,) or (m, k) float32 or float64; index : as of
+        load_batch; state : CURSOR is read. So a batch gets what belongs to its rows: context, weights.
+        """
+
+    @abstractmethod
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        """out[:, out_start:out_start+count] = x[:, x_start:x_start+count]; out, x : (n, ·), two arrays, one dtype.
+
+        The other columns of out stay as they are.
         """
 
     # --- dense layers -----------------------------------------------------------------------------

@@ -52,9 +52,7 @@ class NumbaBackend(NumbaCalls):
         purpose: int,
     ) -> None:
         n, (m, d), given = len(x0), data.shape, min(len(index), len(rows))
-        cursor = int(state[Slot.CURSOR])
-        if (cursor + 1) * n > given:
-            raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")
+        _check_cursor(state, n, given)
         if data.dtype not in (np.uint8, np.float32, np.float64):
             raise ValueError(f"data must be uint8, float32 or float64, not {data.dtype}")
         place, interleaved = _places(order, d)
@@ -91,6 +89,22 @@ class NumbaBackend(NumbaCalls):
             reads if first else (*reads, log_det),
             16 * x.size,
         )
+
+    def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
+        n, m, k = len(out), len(source), out.shape[1] if out.ndim > 1 else 1
+        if out.shape[1:] != source.shape[1:] or not {out.dtype.name, source.dtype.name} <= {"float32", "float64"}:
+            raise ValueError(f"cannot gather {source.dtype} {source.shape} into {out.dtype} {out.shape}")
+        _check_cursor(state, n, len(index))
+        numbers = (n, k, m, len(index), out.dtype == np.float64, source.dtype == np.float64)
+        over, reads = self._cut(n, n * k, _SLICED_ROWS, 1), (source, index, state)
+        self._call(Op.GATHER, over, (), (out, *reads), numbers, (out,), reads, n * k)
+
+    def copy_columns(self, out: Array, out_start: int, x: Array, x_start: int, count: int) -> None:
+        (n, width), from_ = out.shape, x.shape[1]
+        if len(x) != n or min(out_start, x_start, count, width - out_start - count, from_ - x_start - count) < 0:
+            raise ValueError(f"columns {x_start}+{count}, {out_start}+{count} are not in {x.shape}, {out.shape}")
+        over, numbers = self._cut(n, n * count, _SLICED_ROWS, 1), (width, from_, out_start, x_start, count)
+        self._call(Op.COPY_COLUMNS, over, (out, x), (), numbers, (out,), (x,), n * count)
 
     # --- dense layers -----------------------------------------------------------------------------
 
@@ -272,3 +286,9 @@ def _places(order: Array, d: int) -> tuple[Array, bool]:
     place[order] = np.arange(d)
     d0 = (d + 1) // 2
     return place, bool((order[:d0] == np.arange(0, d, 2)).all() and (order[d0:] == np.arange(1, d, 2)).all())
+
+
+def _check_cursor(state: Array, n: int, given: int) -> None:
+    cursor = int(state[Slot.CURSOR])
+    if (cursor + 1) * n > given:
+        raise ValueError(f"batch {cursor} of {n} rows lies beyond the index")

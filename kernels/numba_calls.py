@@ -16,7 +16,7 @@ from nicecp.kernels._numba_tape import replay
 from nicecp.kernels.backend import ALIGNMENT, Array, Backend
 from nicecp.kernels.blas_threads import blas_threads
 from nicecp.kernels.pool import Crew
-from nicecp.kernels.tape import Range, Span, Tape, span
+from nicecp.kernels.tape import Range, Span, Tape, spans
 
 _CREW_WORK = 2**25  # multiplications in several parts from which a tape is worth waking other threads
 
@@ -32,6 +32,7 @@ class _Recording(threading.local):
     """What this thread is recording."""
 
     tape: Tape | None = None
+    parts: tuple[Tape | Callable[[], None], ...] = ()  # what comes before the tape: other tapes, calls of the host
     owner: int | None = None  # the thread that updates are for
     later: tuple[Callable[[], None], ...] = ()  # put off until the next products are due
 
@@ -81,20 +82,44 @@ class NumbaCalls(Backend):
     # --- calls ------------------------------------------------------------------------------------
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        return self.player(self.write_down(step))
+        runs = [self.player(part) if isinstance(part, Tape) else part for part in self._written(step)]
+        if len(runs) == 1:
+            return runs[0]
+
+        def in_turn() -> None:
+            for run in runs:
+                run()
+
+        return in_turn
 
     def write_down(self, step: Callable[[], None]) -> Tape:
-        """The calls of a step, not carried out."""
+        """The calls of a step, not carried out; ValueError for a step that calls Python functions in between."""
+        first, *others = self._written(step)
+        if others or not isinstance(first, Tape):
+            raise ValueError("a step with couplings or networks in Python is not one tape")
+        return first
+
+    def _written(self, step: Callable[[], None]) -> list[Tape | Callable[[], None]]:
+        """A step as tapes and, between them, calls of the host."""
         recording = self._recording
         if recording.tape is not None:
             raise RuntimeError("a step is being recorded by this thread already")
-        tape = recording.tape = Tape()
+        recording.tape = Tape()
         try:
             step()
             self._catch_up()
+            return [*recording.parts, recording.tape]
         finally:
-            recording.tape, recording.later = None, ()
-        return tape
+            recording.tape, recording.later, recording.parts = None, (), ()
+
+    def host(self, function: Callable[[], None], reads: Sequence[Array], writes: Sequence[Array]) -> None:
+        recording = self._recording
+        if recording.tape is None:
+            function()
+            return
+        self._catch_up()
+        recording.parts = (*recording.parts, recording.tape, function)
+        recording.tape = Tape()
 
     def synchronize(self) -> None:
         """Calls return when their work is done."""
@@ -114,7 +139,7 @@ class NumbaCalls(Backend):
         recording = self._recording.tape
         tape = Tape() if recording is None else recording
         several = self._parts > 1 and recording is not None  # else nobody waits for anybody
-        tape.add(op, over, real, other, numbers, _spans(writes, several), _spans(reads, several), work)
+        tape.add(op, over, real, other, numbers, spans(writes, several), spans(reads, several), work)
         if recording is None:
             self.player(tape)()
 
@@ -154,9 +179,3 @@ class NumbaCalls(Backend):
         later, self._recording.later = self._recording.later, ()
         for call in later:
             call()
-
-
-def _spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
-    if not several:
-        return []
-    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]

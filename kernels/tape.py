@@ -39,7 +39,9 @@ class Op:
     FACTOR_FORWARD = 16
     FACTOR_BACKWARD = 17
     ACCUMULATE = 18
-    LOGIT_FORWARD = 19
+    GATHER = 19
+    COPY_COLUMNS = 20
+    LOGIT_FORWARD = 21
 
 
 class Field:
@@ -80,6 +82,13 @@ def span(array: Array, part: int = ANY) -> Span:
     """The bytes of a C-contiguous array."""
     address = array.ctypes.data
     return address, address + array.nbytes, part
+
+
+def spans(touched: Sequence[Array | Span | None], several: bool) -> list[Span]:
+    """Of all that a call touches; of nothing unless there are several threads."""
+    if not several:
+        return []
+    return [one if isinstance(one, tuple) else span(one) for one in touched if one is not None]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """nicecp: NICE normalizing flows for science, without a deep-learning framework.
 
-Names are loaded when first used, so that ``import nicecp`` stays quick: NICE, load, fit, AdaM, RMSProp.
+Names are loaded when first used, so that ``import nicecp`` stays quick: NICE, load, fit, AdaM, RMSProp,
+and what registers couplings and networks of one's own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,20 @@ if TYPE_CHECKING:
     from nicecp.fitting import fit
     from nicecp.flow import NICE
     from nicecp.optimizers import AdaM, RMSProp
+    from nicecp.registry import CouplingLaw, CouplingNetwork, register_coupling, register_network
 
-__all__ = ["NICE", "AdaM", "RMSProp", "__version__", "fit", "load"]
+__all__ = [
+    "NICE",
+    "AdaM",
+    "CouplingLaw",
+    "CouplingNetwork",
+    "RMSProp",
+    "__version__",
+    "fit",
+    "load",
+    "register_coupling",
+    "register_network",
+]
 
 _HOMES = {
     "NICE": "nicecp.flow",
@@ -24,6 +37,10 @@ _HOMES = {
     "fit": "nicecp.fitting",
     "AdaM": "nicecp.optimizers",
     "RMSProp": "nicecp.optimizers",
+    "CouplingLaw": "nicecp.registry",
+    "CouplingNetwork": "nicecp.registry",
+    "register_coupling": "nicecp.registry",
+    "register_network": "nicecp.registry",
     "testing": "",
 }
 

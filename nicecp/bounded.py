@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nicecp.data import ColumnStats
 from nicecp.errors import DataError, about_file
-from nicecp.preprocessing import Dequantize, Logit, Step, apply_steps
+from nicecp.preprocessing import Dequantize, MarginLogit, Step, apply_steps
 from nicecp.sources import column_label
 from nicecp.split import Split
 
@@ -18,7 +18,7 @@ _BLOCK_ELEMENTS = 2**22  # of rows that are turned into float64 at a time
 _SEED = 0  # of the dequantization noise in statistics
 
 
-def logit_step(train: Split, stats: ColumnStats | None, value_range: tuple[float, float], margin: float) -> Logit:
+def logit_step(train: Split, stats: ColumnStats | None, value_range: tuple[float, float], margin: float) -> MarginLogit:
     """The logit of values in ``value_range``: of all float columns, with their stats, or of dequantized 8-bit data.
 
     Raises
@@ -45,7 +45,7 @@ def logit_step(train: Split, stats: ColumnStats | None, value_range: tuple[float
             inside = "" if margin else ", whose ends have no logit with margin 0"
             problem += f", which is not within the logit's range {low:g} to {high:g}{inside}"
             raise DataError(about_file(train.source.name, problem, "give a wider --range (value_range=)"))
-    return Logit(np.full(d, float(low)), np.full(d, float(high)), margin)
+    return MarginLogit(np.full(d, float(low)), np.full(d, float(high)), margin)
 
 
 def blocks_after(split: Split, steps: Sequence[Step]) -> Iterator[FloatArray]:

@@ -11,6 +11,7 @@ from nicecp.data import Splits
 from nicecp.errors import DataError, about_file
 from nicecp.loading import loading
 from nicecp.preprocessing import Step
+from nicecp.presented import device_part, host_part, presented
 from nicecp.records import Event
 from nicecp.sources import column_label
 from nicecp.split import BLOCK, Split
@@ -64,14 +65,16 @@ def check_representable(splits: Splits, steps: tuple[Step, ...], dtype: DTypeLik
 
     steps : the preprocessing; the numbers themselves are finite, but not those that it makes of them in float32
     """
-    for split in (splits.train, splits.valid, splits.test):
-        if split is None or split.source.is_image8:
+    for given in (splits.train, splits.valid, splits.test):
+        if given is None or given.source.is_image8:
             continue
+        split = presented(given, host_part(steps), 0)  # DataError for rows outside a support
         source, d = split.source, split.source.n_features
-        if not all(step.affine for step in steps):
-            _check_images(split, steps, dtype)
+        on_device = device_part(steps)
+        if not all(step.affine for step in on_device):
+            _check_images(split, on_device, dtype)
             continue
-        shift, scale, matrix = loading(steps, d)
+        shift, scale, matrix = loading(on_device, d)
         if (
             np.dtype(dtype) == np.float64
             and source.dtype == np.float32

@@ -6,14 +6,16 @@ The halves travel as two contiguous arrays, part 0 (even features) and part 1 (o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp import host
 from nicecp.kernels.backend import FACTOR_BOUND, Array, Backend
 from nicecp.mlp import LayerReady, Layers, mlp_backward, mlp_forward
+from nicecp.registry import MLP, law_named, network_named
 from nicecp.spec import CouplingSpec
 
 
@@ -33,6 +35,26 @@ class Buffers:
     dys: list[Array]
     log_det: Array | None
     first: bool
+    saved: list[Any] = field(default_factory=list)  # by a registered network's forward for its backward
+
+
+class Own(NamedTuple):
+    """Parameters, or gradients by them, of a coupling's registered network and law; empty for built-in ones."""
+
+    network: dict[str, Array]
+    law: dict[str, Array]
+
+
+NONE = Own({}, {})
+
+
+def own_of(views: dict[str, Array]) -> Own:
+    """Views named network/NAME and law/NAME (nicecp.params.Views.own), apart."""
+    parts: tuple[dict[str, Array], dict[str, Array]] = {}, {}
+    for name, array in views.items():
+        owner, _, key = name.partition("/")
+        parts[owner == "law"][key] = array
+    return Own(*parts)
 
 
 class Coupling(ABC):
@@ -43,11 +65,13 @@ class Coupling(ABC):
     def __init__(self, spec: CouplingSpec) -> None:
         self.conditions_on = spec.conditions_on
         self.transforms = spec.transforms
+        self.network_name = spec.network
+        self.network = None if spec.network == MLP else network_named(spec.network)
 
-    def forward(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+    def forward(self, backend: Backend, at: Buffers, layers: Layers, own: Own = NONE) -> None:
         """at.x -> at.y, and at.log_det where the law has one."""
-        mlp_forward(backend, at.ys, at.condition, layers)
-        self.apply(backend, at, 1)
+        self._m(backend, at, layers, own)
+        self.apply(backend, at, 1, own)
 
     def backward(
         self,
@@ -59,30 +83,50 @@ class Coupling(ABC):
         dlogp: Array,
         layers: Layers,
         ready: LayerReady | None = None,
+        own: Own = NONE,
+        own_grads: Own | None = None,
     ) -> None:
         """dy : (n, d_t) becomes dx in place -> dcondition : (n, d_c), the network's part of it; grads.
 
         dlogp : (n,) float64, the loss's gradient by each row's log-density, of which log_det is a summand.
         """
-        dm = self.apply_backward(backend, at, dy, dlogp)
-        mlp_backward(backend, dcondition, grads, [*at.dys[:-1], dm], at.ys, at.condition, layers, ready)
+        dm = self.apply_backward(backend, at, dy, dlogp, own, own_grads)
+        if self.network is None:
+            mlp_backward(backend, dcondition, grads, [*at.dys[:-1], dm], at.ys, at.condition, layers, ready)
+            return
+        by_own = None if own_grads is None else own_grads.network
+        host.network_backward(backend, self.network, self.network_name, dcondition, by_own, dm, at.saved, own.network)
 
-    def inverse(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+    def inverse(self, backend: Backend, at: Buffers, layers: Layers, own: Own = NONE) -> None:
         """at.y -> at.x, which may be one array."""
-        mlp_forward(backend, at.ys, at.condition, layers)
-        self.apply(backend, at, -1)
+        self._m(backend, at, layers, own)
+        self.apply(backend, at, -1, own)
 
-    def refill(self, backend: Backend, at: Buffers, layers: Layers) -> None:
+    def refill(self, backend: Backend, at: Buffers, layers: Layers, own: Own = NONE) -> None:
         """at.ys as after forward, as far as backward reads them, from at.condition and with the same bits."""
+        if self.network is not None:
+            self._m(backend, at, layers, own)
+            return
         read = len(layers) if self.reads_m else len(layers) - 1
         mlp_forward(backend, at.ys[:read], at.condition, layers[:read], linear=len(layers) - 1)
 
+    def _m(self, backend: Backend, at: Buffers, layers: Layers, own: Own) -> None:
+        """at.condition -> at.ys, of which the last one is m."""
+        if self.network is None:
+            mlp_forward(backend, at.ys, at.condition, layers)
+        else:
+            host.network_forward(
+                backend, self.network, self.network_name, at.ys[-1], at.saved, at.condition, own.network
+            )
+
     @abstractmethod
-    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+    def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:
         """The law with m = at.ys[-1]: x -> y for sign 1, y -> x for -1."""
 
     @abstractmethod
-    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+    def apply_backward(
+        self, backend: Backend, at: Buffers, dy: Array, dlogp: Array, own: Own, own_grads: Own | None
+    ) -> Array:
         """dy -> dx in place; returns the gradient by m."""
 
 
@@ -91,11 +135,13 @@ class AdditiveCoupling(Coupling):
 
     reads_m = False
 
-    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+    def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:
         source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
         backend.couple(target, source, at.ys[-1], sign)
 
-    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+    def apply_backward(
+        self, backend: Backend, at: Buffers, dy: Array, dlogp: Array, own: Own, own_grads: Own | None
+    ) -> Array:
         return dy
 
 
@@ -104,11 +150,13 @@ class FactorCoupling(Coupling):
 
     affine = False
 
-    def apply(self, backend: Backend, at: Buffers, sign: int) -> None:
+    def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:
         source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
         backend.factor_forward(target, at.log_det, source, at.ys[-1], self.affine, sign, at.first)
 
-    def apply_backward(self, backend: Backend, at: Buffers, dy: Array, dlogp: Array) -> Array:
+    def apply_backward(
+        self, backend: Backend, at: Buffers, dy: Array, dlogp: Array, own: Own, own_grads: Own | None
+    ) -> Array:
         backend.factor_backward(dy, at.dys[-1], dy, dlogp, at.x, at.ys[-1], self.affine)
         return at.dys[-1]
 
@@ -119,6 +167,26 @@ class AffineCoupling(FactorCoupling):
     affine = True
 
 
+class RegisteredCoupling(Coupling):
+    """A law of nicecp.registry, by calls of the host."""
+
+    def __init__(self, spec: CouplingSpec) -> None:
+        super().__init__(spec)
+        self.law_name, self.law = spec.law, law_named(spec.law)
+
+    def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:
+        source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
+        m, log_det, law = at.ys[-1], at.log_det, own.law
+        host.law_forward(backend, self.law, self.law_name, target, log_det, source, m, law, sign, at.first)
+
+    def apply_backward(
+        self, backend: Backend, at: Buffers, dy: Array, dlogp: Array, own: Own, own_grads: Own | None
+    ) -> Array:
+        grads, dm, m = None if own_grads is None else own_grads.law, at.dys[-1], at.ys[-1]
+        host.law_backward(backend, self.law, self.law_name, dy, dm, grads, dy, dlogp, at.x, m, own.law)
+        return dm
+
+
 COUPLINGS: dict[str, type[Coupling]] = {
     "additive": AdditiveCoupling,
     "multiplicative": FactorCoupling,
@@ -126,8 +194,15 @@ COUPLINGS: dict[str, type[Coupling]] = {
 }
 
 
-def apply_law(law: str, x: NDArray[Any], m: NDArray[Any]) -> NDArray[Any]:
+def coupling_of(spec: CouplingSpec) -> Coupling:
+    """The law of one coupling, built in or registered."""
+    return COUPLINGS.get(spec.law, RegisteredCoupling)(spec)
+
+
+def apply_law(law: str, x: NDArray[Any], m: NDArray[Any], parameters: dict[str, NDArray[Any]]) -> NDArray[Any]:
     """A law in plain NumPy, for checks: x : (n, k), m : (n, k), (n, 2k) if affine -> y : (n, k)."""
+    if law not in COUPLINGS:
+        return np.asarray(law_named(law).forward(x, m, parameters)[0])
     k = x.shape[1]
     y: NDArray[Any] = x + m[:, :k]
     if law != "additive":

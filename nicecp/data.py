@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import DataSpec, beside, plain_data
 from nicecp.datasets import TEST_NAMES, TRAIN_NAMES, VALID_NAMES, candidates, locate, split_spec
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import Purpose
@@ -26,6 +27,7 @@ __all__ = [
     "TEST_NAMES",
     "ArraySource",
     "ColumnStats",
+    "DataSpec",
     "Source",
     "Splits",
     "candidates",
@@ -52,6 +54,8 @@ def _demo(role: str) -> ArraySource:
 def open_source(spec: Any, role: str = "train") -> Source:
     """Open data by name: 'FILE.h5', 'FILE.h5:/DATASET', a path object, 'demo' (drawn digits), or an array.
 
+    A DataSpec says where context and weights of the rows come from (nicecp.beside).
+
     For role 'train' a file's dataset is ``train``, ``x_train``, ``images`` or ``data``, else its only numeric dataset
     of rank 2 or more, groups included; for 'valid' it is ``valid`` or ``x_valid`` in the same group; for 'test'
     ``test`` or ``x_test``, else the training dataset. A dataset that the spec names has every role; so has an array.
@@ -60,6 +64,10 @@ def open_source(spec: Any, role: str = "train") -> Source:
     """
     if role not in ROLES:
         raise ValueError(f"the role must be one of {', '.join(ROLES)}, got {role!r}")
+    return beside(_open_plain(plain_data(spec), role), spec)
+
+
+def _open_plain(spec: Any, role: str) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         return spec if hasattr(spec, "fingerprint") else ArraySource(spec)
     if spec == DEMO:
@@ -105,7 +113,8 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
     of an 8-bit image dataset's rows, or as many rows of a table, chosen by the seed (Split.keyed); None if no row is.
     A named valid dataset is used even with valid_fraction = 0. Raises DataError, and ValueError for the fraction.
     """
-    fraction = as_fraction(valid_fraction)
+    fraction, whole = as_fraction(valid_fraction), spec
+    spec = plain_data(spec)
     sources: dict[str, Source] = {}
     try:
         if isinstance(spec, (str, os.PathLike)) and spec != DEMO:
@@ -116,11 +125,11 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
             if "train" not in roles:
                 open_source(spec)
             for role, name in roles.items():
-                sources[role] = HDF5Source(path, name)
+                sources[role] = beside(HDF5Source(path, name), whole)
         else:
-            sources["train"] = open_source(spec)
+            sources["train"] = open_source(whole)
             if isinstance(spec, str):
-                sources["test"] = open_source(spec, "test")
+                sources["test"] = open_source(whole, "test")
         for role in ("valid", "test"):
             if role in sources:
                 _check_alike(sources["train"], sources[role])
@@ -152,6 +161,10 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
 def _check_alike(train: Source, other: Source) -> None:
     if other.n_features != train.n_features:
         problem = f"it has {other.n_features} columns and {train.name!r} has {train.n_features}"
+        raise DataError(about_file(other.name, problem, "store both with the same columns"))
+    columns = [0 if source.context is None else source.context.shape[1] for source in (train, other)]
+    if columns[0] != columns[1]:
+        problem = f"its context has {columns[1]} columns, that of {train.name!r} {columns[0]}"
         raise DataError(about_file(other.name, problem, "store both with the same columns"))
     if other.is_image8 != train.is_image8:
         problem = f"it holds {other.dtype} and {train.name!r} holds {train.dtype}"

@@ -155,6 +155,23 @@ def _beside(group: h5py.Group | h5py.Dataset, where: str, path: str) -> dict[str
     return {role: name for role, name in found.items() if name is not None}
 
 
+def companion(path: str, dataset: str, role: str) -> str:
+    """Where the rows of a role are for which a dataset holds the training rows': DATASET_ROLE, or in a name that says
+    "train" the role in its place; the dataset itself if there is no such dataset."""
+    import h5py
+
+    from nicecp.hdf5_data import member
+    from nicecp.hdf5_open import damage_reported, open_hdf5
+
+    group, _, last = dataset.rpartition("/")
+    with open_hdf5(path, dataset) as file, damage_reported(path):
+        holder = _walk(file, group, path)
+        for name in (f"{last}_{role}", *([last.replace("train", role)] if "train" in last else ())):
+            if isinstance(holder, h5py.Group) and member(holder, name) is not None:
+                return f"{group}/{name}"
+    return dataset
+
+
 def candidates(spec: str | os.PathLike[str]) -> str:
     """The usable datasets of a file with their shapes, for a message that asks the user to choose one."""
     from nicecp.hdf5_data import search

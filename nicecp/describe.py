@@ -13,6 +13,7 @@ from nicecp.data import DEMO, Splits, open_splits, split_spec
 from nicecp.errors import DataError
 from nicecp.flow import NICE
 from nicecp.machine import open_backend
+from nicecp.registry import MLP
 from nicecp.scoring import describe_rows
 from nicecp.sources import Source
 from nicecp.spec import ModelSpec
@@ -29,8 +30,8 @@ def sizes_text(hidden: tuple[int, ...]) -> str:
 
 def model_line(spec: ModelSpec) -> str:
     """An architecture in one line."""
-    shapes = {(coupling.law, coupling.hidden) for coupling in spec.couplings}
-    each = ", ".join(f"{law} with hidden {sizes_text(hidden)}" for law, hidden in sorted(shapes))
+    shapes = {(c.law, "" if c.network == MLP else f"{c.network} ", c.hidden) for c in spec.couplings}
+    each = ", ".join(f"{law} with {network}hidden {sizes_text(hidden)}" for law, network, hidden in sorted(shapes))
     if spec.partition != "odd-even":
         each += f", parts by {spec.partition}"
     return (

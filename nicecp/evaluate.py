@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ from nicecp.loading import Loader
 from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
-from nicecp.split import SequentialReader, Split
+from nicecp.presented import log_dets, presented
+from nicecp.split import SequentialReader, Split, Window
 from nicecp.stream import read_ahead
 
 BATCH = 1000  # rows
@@ -64,6 +66,40 @@ def check_fits(flow: NICE, split: Split) -> None:
         )
 
 
+class PresentedRows:
+    """A split's rows as batches for a flow, and what transforms of single columns add to each row's log-density.
+
+    read_rows, share : see nicecp.split.SequentialReader
+    """
+
+    def __init__(self, steps: tuple[Step, ...], split: Split, read_rows: int, share: tuple[int, int]) -> None:
+        self._steps, self._split, self._how = steps, split, (read_rows, share)
+        self._seed = -1  # of the noise in the readers
+        self._readers: tuple[SequentialReader, SequentialReader | None] | None = None
+
+    def begin(self, batch_size: int) -> int:
+        """The number, within the split, of the first row of the share."""
+        return SequentialReader(self._split, batch_size, *self._how).begin
+
+    def windows(self, seed: int, batch_size: int) -> Iterator[tuple[Window, FloatArray | None]]:
+        """Windows of batches in file order, and (rows,) log-determinants of each one's rows, None if all are 0."""
+        if self._readers is None or seed != self._seed:
+            dets = log_dets(self._split, self._steps, seed)
+            rows = SequentialReader(presented(self._split, self._steps, seed), batch_size, *self._how)
+            own = None if dets is None else SequentialReader(dets, batch_size, *self._how)
+            self._seed, self._readers = seed, (rows, own)
+        return self._paired(*self._readers) if self._readers[0].resident else read_ahead(self._paired(*self._readers))
+
+    @staticmethod
+    def _paired(rows: SequentialReader, own: SequentialReader | None) -> Iterator[tuple[Window, FloatArray | None]]:
+        if own is None:
+            for window in rows:
+                yield window, None
+            return
+        for window, values in zip(rows, own, strict=True):
+            yield window, values.data[values.index[values.index >= 0], 0]
+
+
 class Evaluator:
     """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch.
 
@@ -84,17 +120,18 @@ class Evaluator:
         self.flow, self.split, backend = flow, split, flow.backend
         self._communicator = communicator
         share = communicator.rank, communicator.size
-        self._reader = SequentialReader(split, min(batch_size, len(split)), read_rows, share)
-        self._ws = flow.network.workspace(self._reader.batch_size, keep=False)
+        self._batch = min(batch_size, len(split))
+        self._rows = PresentedRows(flow.preprocessing, split, read_rows, share)
+        self._ws = flow.network.workspace(self._batch, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
-        self._loader = Loader(flow, self._reader.batch_size)
+        self._loader = Loader(flow, self._batch)
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
         backend, ws = self.flow.backend, self._ws
         out = np.zeros(len(self.split), np.float64)
-        offset, done = log_det(self.flow.preprocessing), self._reader.begin
-        for window in self._reader if self._reader.resident else read_ahead(iter(self._reader)):
+        offset, done = log_det(self.flow.preprocessing), self._rows.begin(self._batch)
+        for window, own in self._rows.windows(seed, self._batch):
             data: Array = backend.asarray(window.data)
             index, rows = backend.asarray(window.index), backend.asarray(window.rows)
 
@@ -110,6 +147,8 @@ class Evaluator:
                 part = out[done : done + ws.n]
                 part[...] = backend.copy_out(ws.logp)[: len(part)] + offset
                 done += len(part)
+            if own is not None:
+                out[done - len(own) : done] += own
         self._communicator.sum(out)
         return out
 

@@ -20,10 +20,13 @@ from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.presented import presented
 from nicecp.presets import Settings
-from nicecp.records import RunRecord
+from nicecp.records import Event, RunRecord
 from nicecp.split import Split
 from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
+from nicecp.transform_fit import fit_transforms
+from nicecp.transform_spec import NONE
 from nicecp.whitening import whitening_step
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
@@ -36,49 +39,82 @@ def preprocessing_for(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    transform: str = NONE,
+    seed: int = 0,
+    events: list[Event] | None = None,
     logit: float | None = None,
 ) -> tuple[Step, ...]:
-    """The preprocessing of a data set: dequantization of 8-bit values, standardisation of floats.
+    """The preprocessing of a data set: dequantization of 8-bit values; transforms and standardisation of floats.
 
-    logit : with a margin, the logit of values in ``value_range`` comes before the standardisation (nicecp.bounded)
-
-    Reads float data once (mean and standard deviation of the training rows), with a logit three times.
+    Reads float data once (mean and standard deviation of the training rows), twice with transforms of columns
+    (``transform``: see nicecp.transform_spec; ``seed``: of the noise on recorded values). What each column was given,
+    and why, is logged and added to ``events``. logit : with a margin, the logit of values in ``value_range`` comes
+    before the standardisation (nicecp.bounded).
 
     Raises
     ------
     DataError
-        A value is not finite, or a float column is constant (its likelihood is unbounded) and not allowed to be, or
-        goes beyond the range of the logit.
+        A value is not finite, outside a transform's support or beyond the logit's range, or a float column is constant
+        (its likelihood is unbounded) and not allowed to be.
     ValueError
         The value range is not one, or is beyond +-MAX_RANGE; a margin that will not do.
     """
     if train.source.is_image8:
         if max(abs(value) for value in value_range) > MAX_RANGE:
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
+        if transform != NONE:
+            raise ValueError("transforms of columns are for floats, and these are 8-bit data: leave them out")
         first = Dequantize(*value_range)
         return (first,) if logit is None else (first, logit_step(train, None, value_range, logit))
+    if transform != NONE and logit is not None:
+        raise ValueError("a logit of all columns and transforms of single ones exclude each other: leave one out")
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
-    steps: tuple[Step, ...] = () if logit is None else (logit_step(train, stats, value_range, logit),)
+    steps: tuple[Step, ...] = ()
+    mean, std = stats.mean, stats.std
+    if transform != NONE:
+        steps = _transforms(train, transform, [] if events is None else events)
+        stats = column_stats(presented(train, steps, seed)) if steps else stats
+        mean, std = stats.mean, stats.std
+    elif logit is not None:
+        steps = (logit_step(train, stats, value_range, logit),)
+        mean, std = spread_after(train, steps)
     if not standardize:
         return steps
-    mean, std = spread_after(train, steps) if steps else (stats.mean, stats.std)
     return (*steps, Standardize(mean, np.where(stats.low == stats.high, 1.0, std)))
 
 
-def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[Step, ...]:
-    """The preprocessing that settings ask for, fitted to the training rows, and all rows looked through.
+def preprocessing_of(settings: Settings, train: Split, events: list[Event]) -> tuple[Step, ...]:
+    """preprocessing_for, of a run's settings."""
+    choices = (settings.value_range, settings.standardize, settings.allow_constant, settings.transform, settings.seed)
+    return preprocessing_for(train, *choices, events, settings.logit)
 
-    Raises DataError, as preprocessing_for, check_finite and check_representable do.
+
+def _transforms(train: Split, transform: str, events: list[Event]) -> tuple[Step, ...]:
+    fitted = fit_transforms(train, transform)
+    for line in fitted.lines:
+        logger.info("column %s", line)
+        events.append(Event(0, 0, "transform", line))
+    for note in fitted.notes:
+        message = f"{train.source.name!r}: {note}"
+        logger.warning("%s", message)
+        events.append(Event(0, 0, "columns", message))
+    return fitted.steps
+
+
+def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[tuple[Step, ...], list[Event]]:
+    """The preprocessing that settings ask for, fitted to the training rows; what is worth knowing of their columns.
+
+    All rows are looked through. Raises DataError, as preprocessing_for, check_finite and check_representable do.
     """
-    train = splits.train
-    steps = preprocessing_for(train, *settings.preprocessing)
+    train, events = splits.train, discrete_columns_noted(splits.train)
+    steps = preprocessing_of(settings, train, events)
     check_finite(splits)
     steps += whitening_step(
         settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
     )
     check_representable(splits, steps, settings.dtype)
-    return steps
+    return steps, events
 
 
 def fit(
@@ -94,6 +130,7 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
+    transform: str = NONE,
     logit: float | None = None,
     whiten: str = "none",
     regularization: float = 0.0,
@@ -110,6 +147,9 @@ def fit(
         uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
+    transform : str
+        Transforms of single float columns before standardisation: "auto", "quantile", or for each column
+        "mass=log,phi=angle,*=quantile" (docs/tables.md). record.events say what each column was given, and why.
     logit : float, optional
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
@@ -147,11 +187,12 @@ def fit(
     with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
-        steps = flow.preprocessing
+        steps, events = flow.preprocessing, discrete_columns_noted(train)
         if steps:
             check_fits(flow, train)
         else:
-            steps = preprocessing_for(train, value_range, standardize, allow_constant, logit)
+            given = (value_range, standardize, allow_constant, transform, seed, events, logit)
+            steps = preprocessing_for(train, *given)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         check_representable(splits, steps, flow.dtype)
@@ -160,5 +201,5 @@ def fit(
         trainer = Trainer(flow, train, splits.valid, config, called, communicator)
         trainer.record.versions = versions()
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
-        trainer.record.events += discrete_columns_noted(train)
+        trainer.record.events += events
         return trainer.run()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,16 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from nicecp.borders import as_rows, refuse_overflow, seed_of
 from nicecp.calls import Call, Calls
+from nicecp.density import Density
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend, Purpose
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
-from nicecp.preprocessing import Dequantize, Step, apply_steps, steps_backward, undo_steps
+from nicecp.preprocessing import Step, apply_steps, steps_backward, undo_steps
 from nicecp.records import DataInfo, Parameters
-from nicecp.schema import model_tree
 from nicecp.spec import ModelSpec, spec_of, whole_number
-from nicecp.store import write_tree
+from nicecp.transforms import check_step_fits
 
 logger = logging.getLogger("nicecp")
 
@@ -29,7 +28,7 @@ CHUNK = 1024  # rows at a time: bounds what a call needs beside its result; acti
 FloatArray = NDArray[np.float64]
 
 
-class NICE:
+class NICE(Density):
     """A normalizing flow of coupling layers, exact log-density, inverse and sampling.
 
     Parameters
@@ -51,6 +50,9 @@ class NICE:
     partition : "odd-even", "halves" or a sequence of int
         The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
         and the second half of a permutation of the features' numbers.
+    network : "mlp" or a registered name
+        What couplings read: dense ReLU layers, or a network of one's own. A law of one's own is a name in ``coupling``.
+        See nicecp.registry and docs/extending.md.
     init : "paper" or "he"
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
@@ -72,6 +74,7 @@ class NICE:
         *,
         coupling: str | Sequence[str] = "additive",
         partition: str | Sequence[int] = "odd-even",
+        network: str = "mlp",
         init: str = "paper",
         preprocessing: Sequence[Step] = (),
         device: str = "auto",
@@ -79,7 +82,7 @@ class NICE:
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
         name = "float64" if open_dtype else dtype
-        spec = spec_of(n_features, hidden, n_couplings, prior, name, coupling, partition)
+        spec = spec_of(n_features, hidden, n_couplings, prior, name, coupling, partition, network)
         self._build(spec, None, tuple(preprocessing), DataInfo(), seed, init, get_backend(device, threads))
         self._dtype_is_open = open_dtype
 
@@ -119,11 +122,7 @@ class NICE:
                 "%d coupling(s): at least 3 are needed for every feature to influence every other", len(spec.couplings)
             )
         for step in preprocessing:
-            for name, values in step.arrays().items():
-                if values.shape[0] != spec.n_features:
-                    raise ValueError(
-                        f"preprocessing {step.kind}: {name} has length {values.shape[0]}, the flow {spec.n_features}"
-                    )
+            check_step_fits(step, spec.n_features)
         self.spec, self.preprocessing, self.info, self.seed, self.init = spec, preprocessing, info, seed, init
         self.backend = backend
         self.network = Network(spec, backend)
@@ -144,10 +143,6 @@ class NICE:
         )
 
     # --- what it is -------------------------------------------------------------------------------
-
-    @property
-    def n_features(self) -> int:
-        return self.spec.n_features
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -176,17 +171,20 @@ class NICE:
 
     # --- densities --------------------------------------------------------------------------------
 
-    def log_prob(self, x: ArrayLike, context: None = None, dtype: DTypeLike = np.float64) -> Any:
+    def log_prob(
+        self, x: ArrayLike, context: None = None, dtype: DTypeLike = np.float64, *, floor: float | None = None
+    ) -> Any:
         """Log-density in nats: (d,) -> float, (..., d) -> (...) of ``dtype``.
 
-        NaN gives NaN and infinities give -inf.
+        NaN gives NaN; infinities, and points outside the support, give -inf. ``floor``, for samplers that refuse -inf:
+        nothing is below it.
 
         Raises
         ------
         ValueError, TypeError
             The last axis is not d long, or x is not real numbers.
         FloatingPointError
-            A finite row gave NaN: the parameters are broken.
+            A finite row gave no finite number: the parameters are broken, or it overflows on its way.
         """
         self._refuse_context(context)
         rows, shape = self._rows(x)
@@ -197,29 +195,37 @@ class NICE:
 
         bad, log_det = self._run("density", rows, score)
         out += log_det
-        self._refuse_overflow(np.isnan(out) & ~bad, "log_prob")
-        out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
+        self._settle(out, rows, bad, "log_prob", floor)
         if shape == ():
             return float(out[0])
         return out.reshape(shape).astype(dtype, copy=False)
+
+    def log_prob_and_grad(
+        self, x: ArrayLike, context: None = None, *, floor: float | None = None
+    ) -> tuple[Any, FloatArray]:
+        """Log-density and its gradient by x, of one pass: see log_prob and grad_log_prob."""
+        self._refuse_context(context)
+        rows, shape = self._rows(x)
+        out, log_prob = np.empty(rows.shape, np.float64), np.empty(len(rows), np.float64)
+
+        def differentiate(call: Call, at: slice) -> None:
+            gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
+            out[at] = steps_backward(self.preprocessing, gradient, np.asarray(rows[at], np.float64))
+            log_prob[at] = self.backend.copy_out(call.ws.logp)
+
+        bad, log_det = self._run("gradient", rows, differentiate)
+        refuse_overflow(~np.isfinite(out).all(axis=1) & ~bad, "grad_log_prob")
+        log_prob += log_det
+        self._settle(log_prob, rows, bad, "log_prob", floor)
+        out[bad] = np.nan
+        return float(log_prob[0]) if shape == () else log_prob.reshape(shape), out.reshape(*shape, self.n_features)
 
     def grad_log_prob(self, x: ArrayLike, context: None = None) -> FloatArray:
         """d log p / d x in nats per unit of x: (..., d) -> (..., d) float64. Rows that are not finite give NaN.
 
         Raises as log_prob.
         """
-        self._refuse_context(context)
-        rows, shape = self._rows(x)
-        out = np.empty(rows.shape, np.float64)
-
-        def differentiate(call: Call, at: slice) -> None:
-            gradient = self.backend.copy_out(call.out).astype(np.float64, copy=False)
-            out[at] = steps_backward(self.preprocessing, gradient, np.asarray(rows[at], np.float64))
-
-        bad, _ = self._run("gradient", rows, differentiate)
-        self._refuse_overflow(np.isnan(out).any(axis=1) & ~bad, "grad_log_prob")
-        out[bad] = np.nan
-        return out.reshape(*shape, self.n_features)
+        return self.log_prob_and_grad(x, context)[1]
 
     def loss_and_gradients(self, x: ArrayLike) -> tuple[float, Parameters]:
         """Mean negative log-density of the rows (nats) and its gradients by every parameter, named as parameters().
@@ -281,21 +287,24 @@ class NICE:
             out[...], before = undo_steps(self.preprocessing, x)
         log_det += before
 
-    def sample(self, n: int, rng: int | np.random.Generator | None = None, first: int = 0) -> FloatArray:
+    def sample(
+        self,
+        n: int,
+        rng: int | np.random.Generator | None = None,
+        context: None = None,
+        return_log_prob: bool = False,
+        first: int = 0,
+    ) -> Any:
         """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
 
         rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
-        one); a Generator gives that seed; None takes one from the operating system. first : number of the first.
+        one); a Generator gives that seed; None takes one from the operating system. return_log_prob : also their
+        log-densities (n,), those that log_prob gives for them. first : number of the first row.
         """
-        n = whole_number(n, "n")
+        self._refuse_context(context)
+        n, seed = whole_number(n, "n"), seed_of(rng)
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        if isinstance(rng, np.random.Generator):
-            seed = int(rng.integers(0, 2**64, dtype=np.uint64, endpoint=False))
-        else:
-            seed = secrets.randbits(64) if rng is None else whole_number(rng, "rng (or a Generator)")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
         out = np.empty((n, self.n_features), np.float64)
         for start in range(0, n, CHUNK):
@@ -303,16 +312,7 @@ class NICE:
             h = self.backend.alloc(part.shape, np.float64)
             fill(h, seed, Purpose.SAMPLE, 0, first + start)
             self._invert(part, np.zeros(len(part)), self.backend.copy_out(h))
-        return out
-
-    # --- files ------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the flow as a version 1 checkpoint (docs/checkpoint.md), whole or not at all.
-
-        Raises OutputError if the path exists (unless overwrite) or cannot be written.
-        """
-        write_tree(path, model_tree(self.spec, self.parameters(), self.preprocessing, self.info), overwrite)
+        return (out, self.log_prob(out)) if return_log_prob else out
 
     # --- borders ----------------------------------------------------------------------------------
 
@@ -321,21 +321,17 @@ class NICE:
             raise ValueError("this flow has no context (n_context = 0): leave context out")
 
     def _rows(self, x: ArrayLike, integers: bool = False) -> tuple[NDArray[Any], tuple[int, ...]]:
-        """x : (..., d) -> (n, d) rows as they are, and the leading shape."""
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError("expected a plain array, got a masked one: fill or drop the masked values first")
-        array = np.asarray(x)
-        if array.dtype.kind not in "fiu":
-            raise TypeError(f"expected real numbers, got an array of dtype {array.dtype}")
-        eight_bit = any(isinstance(step, Dequantize) for step in self.preprocessing)
-        if array.dtype.kind in "iu" and eight_bit and not integers:
-            raise TypeError(
-                f"expected dequantized values, got {array.dtype}: this flow was trained on 8-bit data, "
-                "pass low + (high - low) * (k + u) / 256 with u uniform in [0, 1)"
-            )
-        if array.ndim == 0 or array.shape[-1] != self.n_features:
-            raise ValueError(f"expected an array of shape (..., {self.n_features}), got {array.shape}")
-        return array.reshape(-1, self.n_features), array.shape[:-1]
+        return as_rows(x, self.n_features, self.preprocessing, integers)
+
+    def _settle(
+        self, out: FloatArray, rows: NDArray[Any], bad: NDArray[np.bool_], what: str, floor: float | None
+    ) -> None:
+        """Log-densities of rows that are not finite, and of all no less than the floor, in place."""
+        refuse_overflow(~np.isfinite(out) & ~bad, what)
+        if bad.any():
+            out[bad] = np.where(np.isnan(rows[bad]).any(axis=1), np.nan, -np.inf)
+        if floor is not None:
+            np.maximum(out, floor, out=out)
 
     def _to_inputs(self, rows: FloatArray) -> tuple[FloatArray, NDArray[np.bool_], float | FloatArray]:
         """Data rows -> the network's inputs, which rows are not finite (zeroed), and the steps' log-determinants."""
@@ -345,13 +341,6 @@ class NICE:
         if bad.any():
             z = np.where(bad[:, None], 0.0, z)
         return z, bad, log_det
-
-    def _refuse_overflow(self, rows: NDArray[np.bool_], what: str) -> None:
-        """A row that is finite and comes out as NaN is a mistake somewhere; -inf would hide it."""
-        if rows.any():
-            raise FloatingPointError(
-                f"{what} of row {int(np.argmax(rows))} is not a number though the row is: the flow overflows there"
-            )
 
     def _load(self, halves: Halves, z: FloatArray) -> None:
         for half, columns in zip(halves, self.spec.columns, strict=True):

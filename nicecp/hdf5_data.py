@@ -99,13 +99,13 @@ def element_kind(dataset: h5py.Dataset) -> tuple[np.dtype[Any] | None, str]:
     return np.dtype((np.int8 if signed else np.uint8) if size == 1 else np.float64), label
 
 
-def examine(dataset: h5py.Dataset) -> Layout:
+def examine(dataset: h5py.Dataset, least_rank: int = 2) -> Layout:
     """Everything that must hold before a dataset is read; Unusable(problem, remedy) otherwise."""
     raw, label = element_kind(dataset)
     if raw is None:
         raise Unusable(f"it holds {label}", _REMEDIES.get(label, "store integers or floats of at most 8 bytes"))
     shape = dataset.shape
-    if shape is None or len(shape) < 2:
+    if shape is None or len(shape) < least_rank:
         found = "nothing" if shape is None else f"shape {shape}"
         raise Unusable(f"expected rows of columns, found {found}", "store one sample per row, shape (rows, columns)")
     if dataset.is_virtual:
@@ -183,10 +183,16 @@ class HDF5Source:
 
     uint8, float32 and float64 are read as they are, int8 becomes uint8 by adding 128, other integers and float16 become
     float64. Rank > 2 is flattened. Memory: the rows asked for and at most 64 MiB of chunks. DataError names the file.
+
+    beside : what belongs to the rows of other data: one number for each row, or one column, will do
     """
 
-    def __init__(self, path: str | os.PathLike[str], dataset: str) -> None:
-        self._path = os.fspath(path)
+    context: NDArray[np.float64] | None = None
+    context_names: tuple[str, ...] | None = None
+    weight: NDArray[np.float64] | None = None
+
+    def __init__(self, path: str | os.PathLike[str], dataset: str, beside: bool = False) -> None:
+        self._path, self._beside = os.fspath(path), beside
         self.name = f"{self._path}:/{dataset.strip('/')}"
         self._file = open_hdf5(self._path, dataset)
         try:
@@ -211,7 +217,7 @@ class HDF5Source:
             found = member(parent, part)
         if not isinstance(found, h5py.Dataset):
             raise Unusable("no such dataset", "check the name with nicecp info")
-        layout = examine(found)
+        layout = examine(found, 1 if self._beside else 2)
         # one row of chunks stays decompressed, so that reading on does not inflate it again
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
         access.set_chunk_cache(12421, min(max(layout.row_bytes, 2**20), _CACHE_BYTES), 0.75)
@@ -221,11 +227,11 @@ class HDF5Source:
         n_features = 1
         for size in layout.shape[1:]:
             n_features *= size
-        check_size(self.name, layout.shape[0], n_features)
+        check_size(self.name, layout.shape[0], n_features, 1 if self._beside else 2)
         self.n_rows, self.n_features = layout.shape[0], n_features
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if layout.raw == np.int8 else layout.raw
         holders = (self._dataset, self._file)
-        flat = len(layout.shape) == 2
+        flat = len(layout.shape) <= 2
         shape = _image_shape(holders, n_features) if flat else as_image_shape(layout.shape[1:], n_features)
         columns, units = (_names(holders, key, n_features) for key in ("columns", "units"))
         self.info = DataInfo(shape, columns, units)

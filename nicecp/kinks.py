@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.coupling import apply_law
+from nicecp.coupling import apply_law, own_of
 from nicecp.records import Parameters
-from nicecp.spec import ModelSpec
+from nicecp.registry import MLP, law_named, network_named
+from nicecp.spec import LAWS, ModelSpec
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -20,19 +21,32 @@ def rms(values: Floats) -> float:
 
 
 def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
-    """Every hidden layer's name and values before the ReLU : (n, h)."""
+    """Every hidden layer's name and values before the ReLU : (n, h); of registered ones their kinks."""
     parts = [z[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
-        y = parts[coupling.conditions_on]
-        for j in range(len(coupling.hidden) + 1):
+        own = own_of({name: parameters[f"couplings/{k}/{name}"] for name in spec.own_shapes(k)})
+        y, layers = parts[coupling.conditions_on], len(spec.dense_layers(k))
+        for j in range(layers):
             name = f"couplings/{k}/layers/{j}"
             weight, bias = parameters[f"{name}/weight"], parameters[f"{name}/bias"]
             product = y @ weight
             y = product + bias
-            if j < len(coupling.hidden):
+            if j < layers - 1:
                 yield name, y
                 y = np.maximum(product + bias, 0)  # again: the reader may have written the bias
-        parts[coupling.transforms] = apply_law(coupling.law, parts[coupling.transforms], y)
+        if coupling.network != MLP:
+            network = network_named(coupling.network)
+            yield from _kinks(f"couplings/{k}/network", network.kinks(y, own.network))
+            y = np.asarray(network.forward(y, own.network)[0])
+        changed = parts[coupling.transforms]
+        if coupling.law not in LAWS:
+            yield from _kinks(f"couplings/{k}/law", law_named(coupling.law).kinks(changed, y, own.law))
+        parts[coupling.transforms] = apply_law(coupling.law, changed, y, own.law)
+
+
+def _kinks(name: str, values: Floats | None) -> Iterator[tuple[str, Floats]]:
+    if values is not None and np.size(values):
+        yield name, np.asarray(values).reshape(len(values), -1)
 
 
 def units_on(spec: ModelSpec, parameters: Parameters, z: Floats) -> Bools:
@@ -58,11 +72,16 @@ def drawn_parameters(spec: ModelSpec, z: Floats, rng: np.random.Generator) -> Pa
     """
     parameters: Parameters = {}
     for name, shape in spec.parameter_shapes().items():
-        parameters[name] = rng.standard_normal(shape) * (np.sqrt(2 / shape[0]) if name.endswith("weight") else 0.1)
-    for k, coupling in enumerate(spec.couplings):
-        parameters[f"couplings/{k}/layers/{len(coupling.hidden)}/weight"] *= 0.5
+        dense = name.endswith("/weight") and "/layers/" in name
+        size = np.sqrt((2 if dense else 0.5) / shape[0]) if len(shape) > 1 else 0.1 if "/layers/" in name else 0.4
+        parameters[name] = rng.standard_normal(shape) * size
+    for k in range(len(spec.couplings)):
+        if spec.dense_layers(k):
+            parameters[f"couplings/{k}/layers/{len(spec.dense_layers(k)) - 1}/weight"] *= 0.5
     parameters["scaling/log_scale"] = rng.uniform(0.1, 0.5, spec.n_features)
     for name, y in hidden_layers(spec, parameters, z[:1]):
+        if "/layers/" not in name:
+            continue
         sign = np.where(np.arange(y.shape[1]) % 2 == 0, 1, -1)
         target = sign * (0.3 + np.abs(rng.standard_normal(y.shape[1])))
         parameters[f"{name}/bias"] += target - y[0]

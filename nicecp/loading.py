@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Array
 from nicecp.network import Workspace
-from nicecp.preprocessing import Dequantize, Logit, Standardize, Step
+from nicecp.preprocessing import Dequantize, MarginLogit, Standardize, Step
+from nicecp.presented import device_part
 
 FloatArray = NDArray[np.float64]
 
@@ -23,7 +24,8 @@ def loading(steps: Sequence[Step], n_features: int) -> tuple[FloatArray, FloatAr
     what load_batch gives, or None. With a matrix, load_batch subtracts the point that the steps map to zero, so that
     the product is one of small numbers.
 
-    Raises ValueError for a dequantization that is not the first step, and for steps that are not affine.
+    Transforms of single columns come before (nicecp.presented). Raises ValueError for a dequantization that is not the
+    first step, and for steps that are not affine.
     """
     if any(isinstance(step, Dequantize) for step in steps[1:]):
         raise ValueError("preprocessing step 'dequantize' must be the first")
@@ -54,7 +56,7 @@ def runs_of(steps: Sequence[Step]) -> list[tuple[Step, ...]]:
     for number, step in enumerate(steps):
         if isinstance(step, Dequantize) and number:
             raise ValueError("preprocessing step 'dequantize' must be the first")
-        if not step.affine and not isinstance(step, Logit):
+        if not step.affine and not isinstance(step, MarginLogit):
             raise ValueError(f"preprocessing step {step.kind!r} cannot be carried out while rows are loaded")
         runs[-1:] = [(*runs[-1], step)] if step.affine else [runs[-1], (step,)]
     return runs
@@ -87,7 +89,7 @@ class Loader:
     def __init__(self, flow: NICE, n: int) -> None:
         backend, d = flow.backend, flow.n_features
         self._backend, self._order, self._spec = backend, flow.network.order, flow.spec
-        first, *others = runs_of(flow.preprocessing)
+        first, *others = runs_of(device_part(flow.preprocessing))
         shift, scale, matrix = loading(first, d)
         self._shift, self._scale = backend.asarray(shift), backend.asarray(scale)
         self._first = None if matrix is None else self._affine(matrix, np.zeros(d))
@@ -106,7 +108,7 @@ class Loader:
     def _logit(self, steps: tuple[Step, ...]) -> _Logit:
         """A logit step, then any number of affine ones, as one map."""
         logit, *others = steps
-        assert isinstance(logit, Logit)
+        assert isinstance(logit, MarginLogit)
         d, then = len(logit.low), None
         if others:
             bias, matrix = np.zeros((1, d)), np.eye(d)

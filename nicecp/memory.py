@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -22,6 +24,9 @@ SAVING = 12  # times the parameters: what a checkpoint holds, as arrays, as a fi
 _WINDOW_ROW, _SCORED_ROW = 170, 64  # bytes of indices for every row of a window while it is being read
 
 
+_MMAP_THRESHOLD = -3  # the C library's M_MMAP_THRESHOLD
+
+
 @dataclass(frozen=True)
 class Rows:
     """window: rows shuffled together, of which two windows are in memory; scored: rows read at a time for scoring."""
@@ -38,6 +43,15 @@ def resident_bytes() -> int:
     except (OSError, ValueError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def give_back_at_once() -> None:
+    """Have arrays of 1 MiB and more returned to the system when they are freed, where the C library has a say in it.
+
+    glibc would keep those of up to 32 MiB for later, in a place of its own for every thread.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def rows_within(limit: int, resident: int, cost: Cost, batch_size: int, row_bytes: int) -> Rows:
@@ -66,6 +80,7 @@ def within(limit: int | None, settings: Settings, splits: Splits, resumed: bool 
     """
     if limit is None:
         return settings, READ_ROWS
+    give_back_at_once()
     source, resident = splits.train.source, resident_bytes()
     row_bytes = source.n_features * source.dtype.itemsize
     rows = rows_within(limit, resident, cost_of_run(settings, splits), settings.batch_size, row_bytes)
@@ -81,6 +96,7 @@ def scored_within(limit: int | None, flow: NICE, split: Split) -> int:
     """Rows to read at a time for scoring alone, for a process of ``limit`` bytes; ValueError as ``within``."""
     if limit is None:
         return READ_ROWS
+    give_back_at_once()
     item = flow.dtype.itemsize
     row = 3 * split.source.n_features * split.source.dtype.itemsize + _SCORED_ROW
     fixed = resident_bytes() + RESERVE + flow.n_parameters * item + workspace_bytes(flow.spec, BATCH, False)

@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from nicecp.coupling import COUPLINGS, Buffers
+from nicecp.coupling import Buffers, coupling_of, own_of
+from nicecp.errors import DeviceError
 from nicecp.kernels.backend import PRIORS, Array, Backend
 from nicecp.params import Layout, Range, Views
 from nicecp.spec import ModelSpec
@@ -28,9 +29,8 @@ class Workspace:
 
     x : (n, d0), (n, d1) inputs, overwritten in place unless keep, and by a backward pass that recomputes (with what it
     makes of the output); h : the same shapes, latent; logp, dlogp, weight, log_det (of the couplings; None if they
-    preserve volume) : (n,) float64; dx : gradients by the halves (keep only).
-    before : (n,) float64 log-determinants of the rows' own on their way to x, part of logp; None, unless whoever loads
-    rows sets it.
+    preserve volume) : (n,) float64; dx : gradients by the halves (keep only). before : (n,) float64 log-determinants of
+    the rows' own on their way to x, part of logp; None, unless whoever loads rows sets it.
     """
 
     before: Array | None = None
@@ -64,6 +64,7 @@ class Workspace:
         again_m = backend.alloc(output.shape if again and self.log_det is not None else 0, dtype)
         self.undone = backend.alloc(n, np.float64)  # takes the log_det of couplings that are inverted on the way back
         self.dcondition = halves() if keep else None
+        held: list[object] = []  # what a registered network saves, where one at a time is enough
         self.couplings: list[Buffers] = []
         parts_now, begun = list(self.x), False
         for k, layers in enumerate(sizes):
@@ -82,9 +83,8 @@ class Workspace:
             x = parts_now[coupling.transforms]
             y = x if in_place else backend.alloc((n, parts[coupling.transforms]), dtype)
             condition = parts_now[coupling.conditions_on]
-            self.couplings.append(
-                Buffers(x, y, condition, [*hidden, m], [*turns, shared], self.log_det if factor else None, not begun)
-            )
+            log_det, saved = self.log_det if factor else None, [] if store else held
+            self.couplings.append(Buffers(x, y, condition, [*hidden, m], [*turns, shared], log_det, not begun, saved))
             begun = begun or factor
             parts_now[coupling.transforms] = y
         self.y = parts_now[0], parts_now[1]  # behind the last coupling
@@ -99,7 +99,10 @@ class Network:
         self.layout = Layout(spec)
         self.order: Array = backend.asarray(spec.column_order)  # (d,) int64: which data columns are in which part
         self.prior = PRIORS[spec.prior]
-        self.couplings = [COUPLINGS[coupling.law](coupling) for coupling in spec.couplings]
+        self.couplings = [coupling_of(coupling) for coupling in spec.couplings]
+        if spec.registered and backend.device != "cpu":
+            names = ", ".join(repr(name) for name in spec.registered)
+            raise DeviceError(f"{names} run in Python on a CPU, not on {backend.device!r}: use device 'cpu'")
 
     def workspace(self, n: int, keep: bool, activations: str = "store") -> Workspace:
         return Workspace(self.backend, self.spec, n, keep, activations)
@@ -109,8 +112,9 @@ class Network:
 
         Pair: backward.
         """
-        for coupling, at, layers in zip(self.couplings, ws.couplings, params.couplings, strict=True):
-            coupling.forward(self.backend, at, layers)
+        each = zip(self.couplings, ws.couplings, params.couplings, params.own, strict=True)
+        for coupling, at, layers, own in each:
+            coupling.forward(self.backend, at, layers, own_of(own))
         self.backend.scale_prior_forward(ws.logp, *ws.h, *ws.y, *params.scaling, self.prior)
         if ws.log_det is not None:
             self.backend.accumulate(ws.logp, ws.log_det)
@@ -156,12 +160,13 @@ class Network:
     ) -> None:
         """Of backward: coupling k, when those above it are done. ws.dx in front of it, and its gradients."""
         dx, coupling, at, layers = ws.dx, self.couplings[k], ws.couplings[k], params.couplings[k]
+        own = own_of(params.own[k])
         assert dx is not None
         assert ws.dcondition is not None
         if ws.activations == "halves":
-            coupling.refill(self.backend, at, layers)
+            coupling.refill(self.backend, at, layers, own)
         elif ws.activations == "recompute":
-            coupling.inverse(self.backend, replace(at, log_det=ws.undone, first=True), layers)
+            coupling.inverse(self.backend, replace(at, log_det=ws.undone, first=True), layers, own)
         c = coupling.conditions_on
         # Nobody reads the gradient by the data during training: the first coupling's last product is left out.
         dcondition = ws.dcondition[c] if want_dx or k > 0 else None
@@ -174,7 +179,11 @@ class Network:
             ws.dlogp,
             layers,
             None if ready is None else partial(_part_ready, ready, self.layout.layers[k]),
+            own,
+            None if grads is None else own_of(grads.own[k]),
         )
+        if ready is not None and self.layout.own[k].size:
+            ready(self.layout.own[k])
         if dcondition is not None:
             self.backend.couple(dx[c], dx[c], dcondition, 1)
 
@@ -189,7 +198,7 @@ class Network:
         for k in range(len(self.couplings) - 1, -1, -1):
             at = replace(ws.couplings[k], first=not begun)
             begun = begun or at.log_det is not None
-            self.couplings[k].inverse(self.backend, at, params.couplings[k])
+            self.couplings[k].inverse(self.backend, at, params.couplings[k], own_of(params.own[k]))
 
     def log_det(self, params: Views) -> float:
         """log abs det of the scaling, the same for every row: sum(s), in nats."""

@@ -6,13 +6,15 @@ checkpoint are each a range of it. Gradients and moments have the same layout.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.kernels.backend import ALIGNMENT, Array, Backend, Purpose
 from nicecp.records import Parameters
+from nicecp.registry import law_named, network_named
 from nicecp.spec import ModelSpec
 
 
@@ -26,10 +28,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Views:
-    """Views into one flat buffer: couplings[k][j] = (weight (fan_in, fan_out), bias (fan_out,)); scaling."""
+    """Views into one flat buffer: couplings[k][j] = (weight (fan_in, fan_out), bias (fan_out,)); scaling.
+
+    own[k] : parameters of coupling k's registered network and law, as ModelSpec.own_shapes names them
+    """
 
     couplings: list[list[tuple[Array, Array]]]
     scaling: tuple[Array, Array]
+    own: list[dict[str, Array]]
 
 
 class Layout:
@@ -40,6 +46,7 @@ class Layout:
         unit = ALIGNMENT // np.dtype(spec.dtype).itemsize
         self._shapes: list[tuple[int, tuple[int, ...]]] = []
         self.layers: list[list[Range]] = []  # one range per dense layer: weight and bias
+        self.own: list[Range] = []  # what a registered network and law have
         self.couplings: list[Range] = []
         position = 0
 
@@ -49,13 +56,17 @@ class Layout:
             position += -(-int(np.prod(shape)) // unit) * unit
 
         for k in range(len(spec.couplings)):
-            sizes, first, layers = spec.layer_sizes(k), position, []
-            for fan_in, fan_out in pairwise(sizes):
+            first, layers = position, []
+            for fan_in, fan_out in spec.dense_layers(k):
                 start = position
                 place(fan_in, fan_out)
                 place(fan_out)
                 layers.append(Range(start, position - start))
             self.layers.append(layers)
+            start = position
+            for shape in spec.own_shapes(k).values():
+                place(*shape)
+            self.own.append(Range(start, position - start))
             self.couplings.append(Range(first, position - first))
         first = position
         for size in spec.part_sizes:
@@ -66,11 +77,14 @@ class Layout:
     def views(self, flat: Array) -> Views:
         """flat : (size,) -> views that share its memory."""
         arrays = [flat[start : start + int(np.prod(shape))].reshape(shape) for start, shape in self._shapes]
-        couplings, at = [], 0
-        for layers in self.layers:
+        couplings, own, at = [], [], 0
+        for k, layers in enumerate(self.layers):
             couplings.append([(arrays[at + 2 * j], arrays[at + 2 * j + 1]) for j in range(len(layers))])
             at += 2 * len(layers)
-        return Views(couplings, (arrays[at], arrays[at + 1]))
+            names = list(self.spec.own_shapes(k))
+            own.append(dict(zip(names, arrays[at : at + len(names)], strict=True)))
+            at += len(names)
+        return Views(couplings, (arrays[at], arrays[at + 1]), own)
 
     def to_host(self, backend: Backend, flat: Array) -> Parameters:
         """Named host copies, as ModelSpec.parameter_shapes: the log-scale in data order."""
@@ -80,6 +94,7 @@ class Layout:
             for j, (weight, bias) in enumerate(layers):
                 named[f"couplings/{k}/layers/{j}/weight"] = weight
                 named[f"couplings/{k}/layers/{j}/bias"] = bias
+            named |= {f"couplings/{k}/{name}": array for name, array in views.own[k].items()}
         log_scale = np.empty(self.spec.n_features, self.spec.dtype)
         for columns, part in zip(self.spec.columns, views.scaling, strict=True):
             log_scale[columns] = part
@@ -106,6 +121,8 @@ class Layout:
             for j, (weight, bias) in enumerate(layers):
                 backend.copy_in(weight, named[f"couplings/{k}/layers/{j}/weight"])
                 backend.copy_in(bias, named[f"couplings/{k}/layers/{j}/bias"])
+            for name, array in views.own[k].items():
+                backend.copy_in(array, named[f"couplings/{k}/{name}"])
         for columns, log_scale in zip(self.spec.columns, views.scaling, strict=True):
             backend.copy_in(log_scale, named["scaling/log_scale"][columns])
 
@@ -122,16 +139,30 @@ def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) 
         raise ValueError(f"unknown init {init!r}: expected 'paper' or 'he'")
     named: Parameters = {name: np.zeros(shape, spec.dtype) for name, shape in spec.parameter_shapes().items()}
     number = 0
+
+    def uniform(shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Numbers in [0, 1) that depend on the seed and on how many arrays were drawn before."""
+        nonlocal number
+        draw = backend.alloc((shape[0], math.prod(shape[1:])), np.float64)
+        backend.fill_uniform(draw, seed, Purpose.INIT, number)
+        number += 1
+        return backend.copy_out(draw).reshape(shape)
+
     for k, coupling in enumerate(spec.couplings):
-        for j in range(len(coupling.hidden) + 1):
+        layers = len(spec.dense_layers(k))
+        for j in range(layers):
             weight = named[f"couplings/{k}/layers/{j}/weight"]
-            hidden = init == "he" and j < len(coupling.hidden)
+            hidden = init == "he" and j < layers - 1
             bound = float(np.sqrt(6.0 / weight.shape[0])) if hidden else 0.01
-            draw = backend.alloc(weight.shape, np.float64)
-            backend.fill_uniform(draw, seed, Purpose.INIT, number)
-            uniform = backend.copy_out(draw)
-            uniform *= 2.0 * bound
-            uniform -= bound
-            weight[...] = uniform
-            number += 1
+            drawn = uniform(weight.shape)
+            drawn *= 2.0 * bound
+            drawn -= bound
+            weight[...] = drawn
+        for name, shape in spec.own_shapes(k).items():
+            owner, _, key = name.partition("/")
+            maker = network_named(coupling.network) if owner == "network" else law_named(coupling.law)
+            fresh = maker.initial(key, uniform(shape))
+            if np.shape(fresh) != shape:
+                raise ValueError(f"initial values of {name} have shape {np.shape(fresh)}, expected {shape}")
+            named[f"couplings/{k}/{name}"][...] = fresh
     return named

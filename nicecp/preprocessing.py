@@ -281,7 +281,7 @@ class Triangular(Step):
 
 
 @dataclass(frozen=True, eq=False)
-class Logit(Step):
+class MarginLogit(Step):
     """z = log(p / (1 - p)), p = margin + (1 - 2 margin) (x - low) / (high - low), per column.
 
     low, high : (d,); 0 <= margin < 1/2. Data between low and high go to the whole line, with a margin above 0 to a
@@ -290,7 +290,7 @@ class Logit(Step):
     log((1 - 2 margin) / (high - low)) - log p - log(1 - p). Values outside have no image (NaN), and density 0.
     """
 
-    kind: ClassVar[str] = "logit"
+    kind: ClassVar[str] = "margin-logit"
     affine: ClassVar[bool] = False
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -356,6 +356,6 @@ def step_from(kind: str, attrs: Mapping[str, Scalar], arrays: Mapping[str, NDArr
         return Zca(arrays["mean"], arrays["eigenvalues"], arrays["eigenvectors"], float(attrs["regularization"]))
     if kind == Triangular.kind:
         return Triangular(arrays["lower"], arrays["bias"])
-    if kind == Logit.kind:
-        return Logit(arrays["low"], arrays["high"], float(attrs["margin"]))
+    if kind == MarginLogit.kind:
+        return MarginLogit(arrays["low"], arrays["high"], float(attrs["margin"]))
     raise ValueError(f"unknown preprocessing step {kind!r}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nicecp.optimizers import AdaM, Optimizer, RMSProp
+from nicecp.transform_spec import NONE
 
 VALID_FRACTION = 1 / 6
 RANGE = (0.0, 1.0)
@@ -34,6 +35,7 @@ class Preset:
     hidden_by_coupling: tuple[tuple[int, ...], ...] | None = None
     valid_fraction: float = VALID_FRACTION
     partition: str = "odd-even"
+    transform: str = NONE
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)

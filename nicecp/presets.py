@@ -11,8 +11,10 @@ from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
 from nicecp.partition import MAX_COLUMNS, random_order
 from nicecp.preset_table import RANGE, choose
+from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
 from nicecp.train import TrainConfig
+from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
 
 INITS = ("paper", "he")
@@ -52,19 +54,16 @@ class Settings:
     partition: str = "odd-even"
     order: tuple[int, ...] | None = None
     logit: float | None = None  # the margin of a logit step
+    network: str = MLP  # or one of nicecp.registry
     activations: str = "store"
+    transform: str = NONE  # of single float columns: nicecp.transform_spec
 
     def model_spec(self, n_features: int) -> ModelSpec:
-        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling)
+        couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling, self.network)
         partition, order = self.partition, self.order
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
         return ModelSpec(n_features, couplings, self.prior, self.dtype, partition=partition, order=order)
-
-    @property
-    def preprocessing(self) -> tuple[tuple[float, float], bool, bool, float | None]:
-        """What nicecp.fitting.preprocessing_for takes beside the data."""
-        return self.value_range, self.standardize, self.allow_constant, self.logit
 
     def train_config(self) -> TrainConfig:
         """What the training loop needs of them."""
@@ -158,6 +157,8 @@ def resolve(
         raise ValueError("a logit of floats needs the interval in which they lie (--range LO,HI, value_range=)")
     if eight_bit and values.get("logit") == 0:
         raise ValueError("logit must be above 0 for 8-bit data, in which the ends of their range occur")
+    if eight_bit and values.get("transform", NONE) != NONE:
+        raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
     if values.get("dtype") in (None, "auto"):
@@ -182,6 +183,7 @@ def resolve(
         whiten=chosen.whiten,
         hidden_by_coupling=chosen.hidden_by_coupling,
         partition=chosen.partition,
+        transform=NONE if eight_bit else chosen.transform,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -205,13 +207,15 @@ def check(settings: Settings) -> None:
         raise ValueError(f"the prior must be one of {', '.join(sorted(PRIORS))}, got {settings.prior!r}")
     if settings.init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {settings.init!r}")
-    if not settings.coupling or any(law not in LAWS for law in settings.coupling):
+    if not settings.coupling or not all(is_law(law) for law in settings.coupling):
         raise ValueError(f"the coupling's laws must be of {', '.join(LAWS)}, got {_shown(settings.coupling)}")
     if any(size < 1 for size in settings.hidden):
         raise ValueError(f"hidden sizes must be at least 1, got {settings.hidden}")
     each = settings.hidden_by_coupling
     if each is not None and (len(each) != settings.couplings or any(size < 1 for sizes in each for size in sizes)):
         raise ValueError(f"hidden_by_coupling must be {settings.couplings} lists of sizes of at least 1, got {each}")
+    if not is_network(settings.network):
+        raise ValueError(f"network must be {MLP} or a registered one, got {settings.network!r}")
     if settings.partition not in (*PARTITIONS, "random"):
         raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, 'random'))}, got {settings.partition!r}")
     if (settings.order is None) == (settings.partition == "permutation"):
@@ -230,6 +234,8 @@ def check(settings: Settings) -> None:
         raise ValueError("regularization is for whitening by zca or gaussian: leave it out")
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
+    if settings.transform != NONE:
+        parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")

@@ -49,7 +49,7 @@ def look(path: str, dataset: str | None) -> None:
         candidates(path)
     roles, test = locate(path, dataset)
     for name in dict.fromkeys([*roles.values(), test]):
-        with contextlib.suppress(NicecpError), HDF5Source(path, name) as source:
+        with contextlib.suppress(NicecpError), HDF5Source(path, name, beside=True) as source:
             source.read(0, 1)
             source.read(source.n_rows - 1, source.n_rows)
 

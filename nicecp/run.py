@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
-from nicecp.columns import discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
-from nicecp.evaluate import READ_ROWS, evaluate
+from nicecp.evaluate import READ_ROWS
 from nicecp.fitting import prepared
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
@@ -23,20 +21,18 @@ from nicecp.kernels.backend import Slot
 from nicecp.locking import claim
 from nicecp.machine import open_backend, require_memory, versions
 from nicecp.memory import within
-from nicecp.outcome import Outcome, Progress
+from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
 from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
 from nicecp.records import note_differences
-from nicecp.scoring import accept_changed_data, check_same_data, example_rows, recorded_settings, round_trip_error
+from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
 from nicecp.train import Callback, Trainer
 
 logger = logging.getLogger("nicecp")
-
-ROUND_TRIP_ROWS = 256
 
 StrPath = str | os.PathLike[str]
 
@@ -131,12 +127,12 @@ class Run:
             spec = settings.model_spec(source.n_features)
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, communicator.threads() if threads is None else threads)
-            steps = first(lambda: prepared(settings, splits, backend))
+            steps, events = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
             flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
             path = None if out is None else os.fspath(out)
             run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
-            run.trainer.record.events += first(lambda: discrete_columns_noted(splits.train))
+            run.trainer.record.events += events
             run._held = held.pop_all()
             return run
 
@@ -332,40 +328,10 @@ class Run:
 
     def progress(self) -> Progress:
         """Where the run is; copies 64 numbers from the device, so ask a few times a second, not every step."""
-        trainer = self.trainer
-        state = trainer.backend.copy_out(trainer.state)
-        weight = float(state[Slot.WEIGHT_SUM])
-        last = trainer.record.history[-1] if trainer.record.history else None
-        offset = sum(step.log_det for step in self.flow.preprocessing)
-        train = float(state[Slot.LOG_PROB_SUM]) / weight + offset if weight else math.nan
-        done = self.rows_done
-        total = self.settings.epochs * trainer.reader.n_batches * trainer.config.batch_size
-        rate = self._keeper.rows_per_second()
-        return Progress(
-            epoch=min(trainer.record.epoch + (trainer.position > 0), self.settings.epochs),
-            epochs=self.settings.epochs,
-            fraction=min(1.0, done / total),
-            train_log_likelihood=train,
-            valid_log_likelihood=math.nan if last is None else last.valid_log_likelihood,
-            rows_per_second=rate,
-            seconds_left=max(total - done, 0) / rate if rate > 0 else math.nan if done < total else 0.0,
-        )
+        return progress_of(self.trainer, self.rows_done, self._keeper.rows_per_second())
 
     def _outcome(self, began: float) -> Outcome:
-        trainer, splits = self.trainer, self.splits
-        if not trainer.finished:
-            return Outcome(
-                False, self.stopped_by, trainer.record, None, None, None, math.nan, 0, time.monotonic() - began
-            )
-        # The best model; a run that was finished before it was resumed has not put it in place itself.
-        self.flow.set_parameters(trainer.resume_state().best_parameters)
-        seed, best, how = self.settings.seed, trainer.record.best_epoch, (self.communicator, trainer.config.read_rows)
-        train = evaluate(self.flow, splits.train, seed, 0, *how)
-        valid = None if splits.valid is None else evaluate(self.flow, splits.valid, seed, best, *how)
-        test = None if splits.test is None else evaluate(self.flow, splits.test, seed, 0, *how)
-        rows = example_rows(self.flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
-        error = round_trip_error(self.flow, rows)
-        return Outcome(True, None, trainer.record, train, valid, test, error, len(rows), time.monotonic() - began)
+        return outcome_of(self.trainer, self.splits, self.stopped_by, began)
 
     def close(self) -> None:
         """Close the data and let other runs have the files."""

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from nicecp.errors import CheckpointError, about_file
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
+from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, CouplingSpec, ModelSpec
 from nicecp.store import Attribute, Tree, newer, strings
+from nicecp.transforms import COLUMN_KINDS, INTEGERS, SHAPES, column_step
 
 FORMAT = "nicecp"
 FORMAT_VERSION = 1
@@ -39,7 +41,7 @@ _STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
     "standardize": ({}, {"mean": 1, "std": 1}),
     "zca": ({"regularization": float}, {"mean": 1, "eigenvalues": 1, "eigenvectors": 2}),
     "triangular": ({}, {"lower": 2, "bias": 1}),
-    "logit": ({"margin": float}, {"low": 1, "high": 1}),
+    "margin-logit": ({"margin": float}, {"low": 1, "high": 1}),
 }
 
 
@@ -200,12 +202,16 @@ def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[
             "conditions_on": int(coupling.conditions_on),
             "transforms": int(coupling.transforms),
         }
+        if coupling.network != MLP:
+            tree.attrs[f"/model/couplings/{k}"]["network"] = coupling.network
+            tree.arrays[f"/model/couplings/{k}/hidden"] = np.array(coupling.hidden, np.int64)
     tree.attrs["/preprocessing"] = {}
     for number, step in enumerate(preprocessing):
         group = f"/preprocessing/{number}"
-        scalars = _STEPS[step.kind][0]
+        scalars = {} if step.kind in COLUMN_KINDS else _STEPS[step.kind][0]
         tree.attrs[group] = {"kind": step.kind, **{key: scalars[key](value) for key, value in step.attrs().items()}}
-        tree.arrays.update({f"{group}/{key}": np.asarray(array, np.float64) for key, array in step.arrays().items()})
+        forms = {key: np.int64 if key in INTEGERS else np.float64 for key in step.arrays()}
+        tree.arrays.update({f"{group}/{key}": np.asarray(array, forms[key]) for key, array in step.arrays().items()})
     if spec.order is not None:
         tree.arrays["/model/order"] = np.array(spec.order, np.int64)
     tree.attrs["/data"] = {"fingerprint": info.fingerprint}
@@ -261,19 +267,34 @@ def _read_spec(reader: Reader) -> ModelSpec:
     couplings = []
     for k in range(n_couplings):
         group = f"/model/couplings/{k}"
-        law = reader.text(group, "law")
+        law, network = reader.text(group, "law"), MLP
+        if "network" in reader.attr_names(group):
+            network = reader.text(group, "network")
+        _refuse_unregistered(reader, group, law, network)
         parts = [reader.integer(group, key, 0, 1) for key in ("conditions_on", "transforms")]
-        n_layers = reader.members(f"{group}/layers")
-        if not 1 <= n_layers <= MAX_LAYERS:
-            raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
-        hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
-        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden))
+        if network == MLP:
+            n_layers = reader.members(f"{group}/layers")
+            if not 1 <= n_layers <= MAX_LAYERS:
+                raise reader.refuse(f"{group}/layers", f"holds {n_layers} layers, expected 1..{MAX_LAYERS}")
+            hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
+        else:
+            hidden = tuple(reader.array(f"{group}/hidden", "int64", (None,)).tolist())
+        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden, network))
     order = None
     if partition == "permutation":
         order = tuple(reader.array("/model/order", "int64", (n_features,)).tolist())
     arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition, order)
     spec: ModelSpec = _built(reader, "/model", ModelSpec, *arguments)
     return spec
+
+
+def _refuse_unregistered(reader: Reader, group: str, law: str, network: str) -> None:
+    """A file names what its user registered; it holds no code, and nothing is imported for it."""
+    for what, name, known in (("coupling", law, is_law(law)), ("network", network, is_network(network))):
+        if not known:
+            problem = f"{group}: the {what} {name[:64]!r} is not registered"
+            remedy = f"call nicecp.register_{what}({name[:64]!r}, ...) before loading"
+            raise CheckpointError(about_file(reader.name, problem, remedy))
 
 
 def _built(reader: Reader, where: str, make: Any, *arguments: Any) -> Any:
@@ -306,12 +327,29 @@ def _read_preprocessing(reader: Reader, n_features: int) -> tuple[Step, ...]:
     steps = []
     for number in range(count):
         group = f"/preprocessing/{number}"
-        kind = reader.text(group, "kind", _STEPS)
+        kind = reader.text(group, "kind", (*_STEPS, *COLUMN_KINDS))
+        if kind in COLUMN_KINDS:
+            steps.append(_read_column_step(reader, group, kind, n_features))
+            continue
         scalars, arrays = _STEPS[kind]
         attrs = {key: reader.attr(group, key, form) for key, form in scalars.items()}
         values = {key: reader.array(f"{group}/{key}", "float64", (n_features,) * rank) for key, rank in arrays.items()}
         steps.append(_built(reader, group, step_from, kind, attrs, values))
     return tuple(steps)
+
+
+def _read_column_step(reader: Reader, group: str, kind: str, n_features: int) -> Step:
+    """A transform of single columns: m of them, and arrays of m, (m, 2) or as many as all knots."""
+    columns = reader.array(f"{group}/columns", "int64", (None,))
+    m = len(columns)
+    if m and not 0 <= columns.min() <= columns.max() < n_features:
+        raise reader.refuse(f"{group}/columns", f"has numbers outside 0..{n_features - 1}")
+    values: dict[str, NDArray[Any]] = {"columns": columns}
+    shapes: dict[str, tuple[int | None, ...]] = {"m": (m,), "m2": (m, 2), "knots": (None,)}
+    for key, form in SHAPES[kind].items():
+        values[key] = reader.array(f"{group}/{key}", "int64" if key in INTEGERS else "float64", shapes[form])
+    step: Step = _built(reader, group, column_step, kind, values)
+    return step
 
 
 def _read_data(reader: Reader, n_features: int) -> DataInfo:

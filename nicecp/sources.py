@@ -41,6 +41,18 @@ class Source(Protocol):
     def is_image8(self) -> bool:
         """True for 8-bit values, which are dequantized; False for floats, which are standardised."""
 
+    @property
+    def context(self) -> NDArray[np.float64] | None:
+        """(n_rows, k) float64, finite: what each row's density is conditioned on (nicecp.beside); None without one."""
+
+    @property
+    def context_names(self) -> tuple[str, ...] | None:
+        """(k,) names of the context's columns, where they have any."""
+
+    @property
+    def weight(self) -> NDArray[np.float64] | None:
+        """(n_rows,) float64, mean 1 over the rows that are not 0 (nicecp.beside.relative_weights); None: all are 1."""
+
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop-1 : (stop - start, n_features) C-contiguous, of ``dtype``, finite (else DataError)."""
 
@@ -115,6 +127,10 @@ class ArraySource:
     Raises TypeError for other types and DataError for zero rows, fewer than two columns or a shape that does not fit.
     """
 
+    context: NDArray[np.float64] | None = None
+    context_names: tuple[str, ...] | None = None
+    weight: NDArray[np.float64] | None = None
+
     def __init__(
         self,
         array: Any,
@@ -181,11 +197,11 @@ class ArraySource:
         """Nothing to close."""
 
 
-def check_size(name: str, n_rows: int, n_features: int) -> None:
-    """DataError for zero rows, fewer than two columns, or more columns than are handled."""
+def check_size(name: str, n_rows: int, n_features: int, least: int = 2) -> None:
+    """DataError for zero rows, fewer than two columns (``least``), or more columns than are handled."""
     if n_rows < 1:
         raise DataError(about_file(name, "it has no rows", "give data with at least one row"))
-    if n_features < 2:
+    if n_features < least:
         count = "one column" if n_features == 1 else "no columns"
         raise DataError(about_file(name, f"it has {count}", "a flow needs at least two: add columns"))
     if n_features > MAX_FEATURES:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nicecp.kernels.backend import PRIORS
+from nicecp.registry import MLP, checked_shapes, law_named, network_named
 
 DTYPES = ("float32", "float64")
 LAWS = {"additive": 1, "multiplicative": 1, "affine": 2}  # network outputs for each feature that is changed
@@ -94,19 +95,23 @@ def partition_order(partition: str, n_features: int, order: tuple[int, ...] | No
 
 @dataclass(frozen=True)
 class CouplingSpec:
-    """One coupling: its law, the part its network reads, the part it changes, and the network's hidden sizes.
+    """One coupling: its law, the part its network reads, the part it changes, the network's hidden sizes, its kind.
 
-    Which features are in part 0 and part 1 is ModelSpec.partition's to say.
+    Laws beside LAWS, and networks beside "mlp", are those of nicecp.registry. Which features are in part 0 and which in
+    part 1 is ModelSpec.partition's to say.
     """
 
     law: str
     conditions_on: int
     transforms: int
     hidden: tuple[int, ...]
+    network: str = MLP
 
     def __post_init__(self) -> None:
         if self.law not in LAWS:
-            raise ValueError(f"unknown coupling law {self.law!r}: expected one of {', '.join(LAWS)}")
+            law_named(self.law)
+        if self.network != MLP:
+            network_named(self.network)
         if {self.conditions_on, self.transforms} != {0, 1}:
             raise ValueError("a coupling conditions on one part (0 or 1) and transforms the other")
         if any(size < 1 for size in self.hidden):
@@ -140,6 +145,8 @@ class ModelSpec:
             raise ValueError(f"unknown prior {self.prior!r}: expected one of {', '.join(sorted(PRIORS))}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        for k in range(len(self.couplings)):
+            self.own_shapes(k)  # ValueError where a registered one has no parameters of such sizes
         if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
             partition_order(self.partition, self.n_features, self.order)
         if self.n_context != 0:
@@ -166,10 +173,38 @@ class ModelSpec:
         return (slice(0, d0), slice(d0, None)) if self.partition == "halves" else (order[:d0], order[d0:])
 
     def layer_sizes(self, coupling: int) -> tuple[int, ...]:
-        """Sizes of a coupling network's layers: (fan_in, *hidden, fan_out)."""
+        """Sizes of a coupling network's layers: (fan_in, *hidden, fan_out), of a registered one (fan_in, fan_out)."""
         spec = self.couplings[coupling]
-        fan_out = LAWS[spec.law] * self.part_sizes[spec.transforms]
-        return (self.part_sizes[spec.conditions_on] + self.n_context, *spec.hidden, fan_out)
+        outputs = LAWS[spec.law] if spec.law in LAWS else law_named(spec.law).outputs
+        fan_in, fan_out = (
+            self.part_sizes[spec.conditions_on] + self.n_context,
+            outputs * self.part_sizes[spec.transforms],
+        )
+        return (fan_in, *(spec.hidden if spec.network == MLP else ()), fan_out)
+
+    def dense_layers(self, coupling: int) -> tuple[tuple[int, int], ...]:
+        """(fan_in, fan_out) of each dense layer; none of a registered network."""
+        return tuple(pairwise(self.layer_sizes(coupling))) if self.couplings[coupling].network == MLP else ()
+
+    def own_shapes(self, coupling: int) -> dict[str, tuple[int, ...]]:
+        """Parameters of a registered network and law: network/NAME, then law/NAME, to shape."""
+        spec, sizes = self.couplings[coupling], self.layer_sizes(coupling)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if spec.network != MLP:
+            own = checked_shapes(
+                f"network {spec.network!r}", network_named(spec.network), sizes[0], sizes[-1], spec.hidden
+            )
+            shapes |= {f"network/{name}": shape for name, shape in own.items()}
+        if spec.law not in LAWS:
+            own = checked_shapes(f"coupling {spec.law!r}", law_named(spec.law), self.part_sizes[spec.transforms])
+            shapes |= {f"law/{name}": shape for name, shape in own.items()}
+        return shapes
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """Names of the laws and networks that are not built in."""
+        names = {c.law for c in self.couplings if c.law not in LAWS}
+        return tuple(sorted(names | {c.network for c in self.couplings if c.network != MLP}))
 
     @property
     def volume_preserving(self) -> bool:
@@ -179,14 +214,15 @@ class ModelSpec:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of every parameter as users and checkpoints see them, in storage order.
 
-        couplings/K/layers/J/weight (fan_in, fan_out), couplings/K/layers/J/bias (fan_out,), scaling/log_scale (d,).
+        couplings/K/layers/J/weight (fan_in, fan_out), couplings/K/layers/J/bias (fan_out,), scaling/log_scale (d,); of
+        registered ones couplings/K/network/NAME and couplings/K/law/NAME.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for k in range(len(self.couplings)):
-            sizes = self.layer_sizes(k)
-            for j, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            for j, (fan_in, fan_out) in enumerate(self.dense_layers(k)):
                 shapes[f"couplings/{k}/layers/{j}/weight"] = (fan_in, fan_out)
                 shapes[f"couplings/{k}/layers/{j}/bias"] = (fan_out,)
+            shapes |= {f"couplings/{k}/{name}": shape for name, shape in self.own_shapes(k).items()}
         shapes["scaling/log_scale"] = (self.n_features,)
         return shapes
 
@@ -202,7 +238,10 @@ class ModelSpec:
 
 
 def alternating(
-    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...], n_couplings: int, law: str | tuple[str, ...] = "additive"
+    hidden: tuple[int, ...] | tuple[tuple[int, ...], ...],
+    n_couplings: int,
+    law: str | tuple[str, ...] = "additive",
+    network: str = MLP,
 ) -> tuple[CouplingSpec, ...]:
     """Couplings that alternate which part they change, the first changing part 1 (section 5.1).
 
@@ -216,7 +255,7 @@ def alternating(
     if len(each) != n_couplings:
         raise ValueError(f"hidden sizes are given for {len(each)} couplings, but there are {n_couplings}")
     return tuple(
-        CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, layer_sizes(sizes)) for k, sizes in enumerate(each)
+        CouplingSpec(laws[k % len(laws)], k % 2, 1 - k % 2, layer_sizes(sizes), network) for k, sizes in enumerate(each)
     )
 
 
@@ -233,10 +272,11 @@ def spec_of(
     dtype: DTypeLike,
     coupling: str | Iterable[str],
     partition: Any,
+    network: str = MLP,
 ) -> ModelSpec:
     """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
     sizes = hidden_sizes(hidden)
     count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
-    couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling))
+    couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling), network)
     name, (parted, order) = dtype_name(dtype), partition_of(partition)
     return ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name, partition=parted, order=order)

@@ -11,11 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from nicecp.flow import NICE
 from nicecp.kinks import drawn_parameters, margins, rms, units_on
 from nicecp.preprocessing import apply_steps, undo_steps
+from nicecp.presented import past_transforms
 from nicecp.records import Parameters
+from nicecp.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 
 INPUT = "x"  # stands for the data among the names of parameters
+ROWS = 6  # drawn where none are given
 RESOLUTION = 200.0  # signal over tolerance: an error of 1 % is then at least twice the tolerance
 SINGLE_RTOL = 1e-3  # float32 against float64: far above rounding, far below an error in a formula
 SINGLE_MARGIN = 1e-5  # units closer than this to their kink (relative to their layer) may differ between the two
@@ -79,7 +82,13 @@ class _Check:
 
 
 def check_gradients(
-    flow: NICE, x: ArrayLike, *, step: float = 1e-5, rtol: float = 1e-8, max_checks: int = 256, seed: int = 0
+    flow: NICE | ModelSpec,
+    x: ArrayLike | None = None,
+    *,
+    step: float = 1e-5,
+    rtol: float = 1e-8,
+    max_checks: int = 256,
+    seed: int = 0,
 ) -> GradientReport:
     """Check a flow's gradients against central differences of its log_prob, its log-determinant, and its inverse.
 
@@ -89,9 +98,10 @@ def check_gradients(
 
     Parameters
     ----------
-    flow : NICE, not changed
+    flow : NICE, not changed, or a ModelSpec, of which a fresh flow is made
+        With couplings and networks of one's own (nicecp.registry) it is their functions that are checked.
     x : (n, d) or (d,), finite
-        A few rows of data space; 4 to 16 are plenty.
+        A few rows of data space; 4 to 16 are plenty. By default six drawn from a normal distribution.
     step : float
         Of the differences, in the flow's input space (after preprocessing) and for parameters.
     rtol : float
@@ -119,11 +129,15 @@ def check_gradients(
     >>> report.error <= 1
     True
     """
+    if isinstance(flow, ModelSpec):
+        flow = NICE.from_spec(flow, seed=seed)
     if not isinstance(flow, NICE):
-        raise TypeError(f"flow must be a NICE, got {flow!r}")
+        raise TypeError(f"flow must be a NICE or a ModelSpec, got {flow!r}")
+    x = np.random.default_rng(seed).standard_normal((ROWS, flow.n_features)) if x is None else x
     rows = np.atleast_2d(np.asarray(x, np.float64))
     if rows.ndim != 2 or len(rows) == 0 or not np.isfinite(rows).all():
         raise ValueError(f"x must be at least one row of {flow.n_features} finite numbers, got shape {rows.shape}")
+    flow, rows = past_transforms(flow, rows)
     check = _Check(step, rtol, max_checks, np.random.default_rng(seed))
     with np.errstate(invalid="ignore", divide="ignore"):
         if not np.isfinite(_to_inputs(flow, rows)).all():

@@ -21,6 +21,7 @@ from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Range
+from nicecp.presented import mean_log_det, presented
 from nicecp.ranks import SharedStep, own_rows
 from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
@@ -122,7 +123,8 @@ class Trainer:
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
         window, own = max(config.window, config.batch_size), own_rows(config.batch_size, communicator)
-        self.reader = StreamReader(train, config.batch_size, config.seed, window, own)
+        rows = presented(train, flow.preprocessing, config.seed)
+        self.reader = StreamReader(rows, config.batch_size, config.seed, window, own)
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
@@ -155,9 +157,10 @@ class Trainer:
         self._batches_left = 0
         self._runnable: Callable[[], None] | None = None
         self._recovery = Recovery(self)
-        self._shared: SharedStep | None = None
-        if communicator.size > 1:
-            self._shared = SharedStep(self, self._grads, config.batch_size, communicator)
+        # Of all rows; an epoch leaves out less than a batch of them.
+        self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
+        alone = communicator.size == 1
+        self._shared = None if alone else SharedStep(self, self._grads, config.batch_size, communicator)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -319,12 +322,13 @@ class Trainer:
         epoch = self.record.epoch + 1
         self._recovery.before_validation()
         if self._shared is not None:
-            logger.info("epoch %d: %s, checksum %08x", epoch, self.communicator.describe(), self._checksum())
+            number = self._shared.checksum(self.p, self.m, self.v, self.state)
+            logger.info("epoch %d: %s, checksum %08x", epoch, self.communicator.describe(), number)
         state = self.backend.copy_out(self.state)
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss
         if state[Slot.WEIGHT_SUM]:
-            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + log_det(self.flow.preprocessing)
+            train = float(state[Slot.LOG_PROB_SUM] / state[Slot.WEIGHT_SUM]) + self.offset
         valid = math.nan
         if self._evaluator is not None:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
@@ -343,10 +347,6 @@ class Trainer:
         logger.info("epoch %d: train %.3f, validation %.3f nats", epoch, train, valid)
         for callback in self.callbacks:
             callback.on_epoch(self, row)
-
-    def _checksum(self) -> int:
-        assert self._shared is not None
-        return self._shared.checksum(self.p, self.m, self.v, self.state)
 
     def _note_skipped(self, epoch: int, state: np.ndarray) -> None:
         skipped = int(state[Slot.SKIPPED]) - self._skipped

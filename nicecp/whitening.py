@@ -22,6 +22,7 @@ from nicecp.kernels.backend import OPTIMIZERS, Array, Backend, Purpose, Slot
 from nicecp.loading import loading
 from nicecp.optimizers import RMSProp
 from nicecp.preprocessing import Dequantize, Step, Triangular, Zca
+from nicecp.presented import device_part, host_part, presented
 from nicecp.split import EpochReader, SequentialReader, Split
 
 logger = logging.getLogger("nicecp")
@@ -54,6 +55,9 @@ def whitening_step(
         raise ValueError(f"regularization is for whitening by zca or gaussian, got {regularization} with {kind!r}")
     if kind == "none":
         return ()
+    host, steps = host_part(steps), device_part(steps)
+    train = presented(train, host, seed)
+    valid = None if valid is None else presented(valid, host, seed)
     with backend.computing():
         if kind == "zca":
             return (fit_zca(train, steps, regularization),)

@@ -10,6 +10,9 @@ import pytest
 
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Backend
+from nicecp.kernels.cuda_backend import CudaBackend
+from tests.emulated import build
+from tests.emulated.driver import EmulatedDriver
 
 # Under nohup, or in the background of a shell, this process ignores signals, and so would every command that it starts:
 # a run respects that.
@@ -21,11 +24,15 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(sign
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "numba": lambda: get_backend("cpu", threads=1),
     "numba-2-threads": lambda: get_backend("cpu", threads=2),
+    "cuda-emulated": lambda: CudaBackend(EmulatedDriver()),
+    "cuda-emulated-backward": lambda: CudaBackend(EmulatedDriver(schedule=1, late=True, epilogues=True)),
 }
 
 
 @functools.cache
 def make_backend(name: str) -> Backend:
+    if "emulated" in name and build.compiler() is None:
+        pytest.skip("g++ is not installed: the CUDA kernels are not run")
     return BACKENDS[name]()
 
 

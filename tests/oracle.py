@@ -141,6 +141,21 @@ def logit(x: F64, low: F64, width: F64, margin: float) -> tuple[F64, F64]:
     return np.log(p / (1 - p)), -np.log(p * (1 - p)).sum(axis=1)
 
 
+def gather(n: int, source: NDArray[Any], index: NDArray[np.int64], state: F64) -> NDArray[Any]:
+    """The rows of source : (m,) or (m, k) that belong to the batch at state[CURSOR]; 0 for padding."""
+    batch = index[int(state[Slot.CURSOR]) * n : (int(state[Slot.CURSOR]) + 1) * n]
+    out = source[np.maximum(batch, 0)].astype(float)
+    out[batch < 0] = 0
+    return out
+
+
+def copy_columns(out: F64, out_start: int, x: F64, x_start: int, count: int) -> F64:
+    """-> out with columns of x in the place of its own."""
+    out = out.copy()
+    out[:, out_start : out_start + count] = x[:, x_start : x_start + count]
+    return out
+
+
 def relu(x: NDArray[Any]) -> NDArray[Any]:
     return np.where(np.isnan(x.real) | (x.real > 0), x, 0)
 

@@ -22,8 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.errors",),
     ("nicecp.kernels",),
     (
+        "nicecp.registry",
         "nicecp.spec",
         "nicecp.preprocessing",
+        "nicecp.spline",
+        "nicecp.transforms",
         "nicecp.records",
         "nicecp.probe",
         "nicecp.files",
@@ -31,12 +34,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "nicecp.schema",
         "nicecp.params",
         "nicecp.mlp",
+        "nicecp.host",
         "nicecp.coupling",
         "nicecp.scaling",
         "nicecp.network",
         "nicecp.calls",
         "nicecp.optimizers",
     ),
+    ("nicecp.borders", "nicecp.density"),  # what a flow is made with
     ("nicecp.flow",),
     ("nicecp.*",),  # training and tools: every module that is not named elsewhere
     ("nicecp",),  # nicecp/__init__.py: what users import

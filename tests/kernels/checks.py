@@ -142,6 +142,37 @@ def check_split_join(backend: Backend, dtype: str, n: int, d: int, partition: st
     device.close(joined, x, "join after split", 0)
 
 
+def check_gather(
+    backend: Backend, out_type: str, source_type: str, n: int, k: int | None, *, cursor: int = 1, padding: bool = True
+) -> None:
+    """k None: one number for each row. A few rows of the source come several times, others not at all."""
+    device = Device(backend, out_type, seed=n)
+    m, columns = n // 2 + 3, () if k is None else (k,)
+    source = device.rng.standard_normal((m, *columns)).astype(source_type)
+    index = device.rng.integers(0, m, (cursor + 1) * n)
+    index[0], index[-1] = m - 1, 0
+    if padding:
+        index[-(n // 3 + 1) :] = -1
+    state = new_state(CURSOR=cursor)
+    out, device_state = device.out(n, *columns), device.put(state, "float64")
+    backend.gather(out, device.put(source, source_type), device.put(index, "int64"), device_state)
+    expected = oracle.gather(n, source, index, state).astype(out_type)  # a cast rounds, and no more than that
+    device.close(out, expected.astype(float), "gathered", 0)
+    assert np.array_equal(device.get(device_state), state), "gather must not write the state"
+
+
+def check_copy_columns(
+    backend: Backend, dtype: str, n: int, widths: tuple[int, int], starts: tuple[int, int], count: int
+) -> None:
+    """widths, starts : of out and of x."""
+    device = Device(backend, dtype)
+    before, x = device.normal(n, widths[0]), device.normal(n, widths[1])
+    out, device_x = device.put(before), device.put(x)
+    backend.copy_columns(out, starts[0], device_x, starts[1], count)
+    device.close(out, oracle.copy_columns(before, starts[0], x, starts[1], count), "out", 0)
+    device.close(device_x, x, "x must stay", 0)
+
+
 def check_matmul(backend: Backend, dtype: str, n: int, i: int, o: int, transpose_a: bool, transpose_b: bool) -> None:
     device = Device(backend, dtype)
     a, b = device.normal(n, i), device.normal(i, o)

@@ -14,7 +14,7 @@ from nicecp.kernels.backend import Backend, Purpose, Slot
 from nicecp.loading import Loader
 from nicecp.preprocessing import (
     Dequantize,
-    Logit,
+    MarginLogit,
     Standardize,
     Step,
     Triangular,
@@ -40,8 +40,8 @@ STEPS: dict[str, Step] = {
     "standardize": Standardize(np.linspace(-3, 5, D), np.linspace(0.5, 4, D)),
     "zca": Zca(np.linspace(-1, 1, D), np.linspace(0.2, 3, D), _Q, 0.1),
     "triangular": Triangular(np.tril(_rng.normal(size=(D, D))) + 2 * np.eye(D), np.ones(D)),
-    "logit": Logit(LOW, HIGH, 0.05),
-    "logit-0": Logit(LOW, HIGH),
+    "logit": MarginLogit(LOW, HIGH, 0.05),
+    "logit-0": MarginLogit(LOW, HIGH),
 }
 LISTS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in STEPS},
@@ -58,7 +58,10 @@ def steps_of(name: str) -> tuple[Step, ...]:
 
 def twice() -> tuple[Step, ...]:
     """Affine, logit, affine, another logit, affine: the second one's range holds all that the first ones give."""
-    first, second = Logit(np.full(D, -15.0), np.full(D, 15.0), 0.01), Logit(np.full(D, -3.0), np.full(D, 4.0))
+    first, second = (
+        MarginLogit(np.full(D, -15.0), np.full(D, 15.0), 0.01),
+        MarginLogit(np.full(D, -3.0), np.full(D, 4.0)),
+    )
     return STEPS["standardize"], first, Standardize(np.full(D, -0.1), np.full(D, 2.0)), second, STEPS["zca"]
 
 
@@ -106,7 +109,7 @@ def test_gradients_go_back_through_steps(name: str) -> None:
 
 def test_a_logit_by_its_formula() -> None:
     x = np.array([[0.0, -1.0, 2.5, 10.0, 0.625]])
-    step = Logit(LOW, HIGH, 0.05)
+    step = MarginLogit(LOW, HIGH, 0.05)
     np.testing.assert_allclose(step.forward(x), [[-np.log(19), -np.log(19), np.log(19), 0, 0]], atol=1e-12)
     p = np.array([0.05, 0.05, 0.95, 0.5, 0.5])
     expected = (np.log(0.9 / (HIGH - LOW)) - np.log(p * (1 - p))).sum()
@@ -127,7 +130,7 @@ def test_a_logit_by_its_formula() -> None:
 )
 def test_no_logit_of_such_numbers(low: Any, high: Any, margin: float, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Logit(low, high, margin)
+        MarginLogit(low, high, margin)
 
 
 # --- flows ------------------------
@@ -175,7 +178,7 @@ def test_outside_the_range_the_density_is_zero(one_backend: Backend) -> None:
 def test_the_density_integrates_to_one(one_backend: Backend) -> None:
     """Over the box and what the margin adds to it."""
     spec = gates.make_spec(2, [(5,), (4,), (5,)], "gaussian", laws=("affine",))
-    step = Logit(np.array([0.0, -2.0]), np.array([1.0, 3.0]), 0.05)
+    step = MarginLogit(np.array([0.0, -2.0]), np.array([1.0, 3.0]), 0.05)
     flow = NICE.from_spec(spec, gates.draw_parameters(spec), (step,), backend=one_backend)
     edge = 0.05 / 0.9 * (step.high - step.low)
     low, high = step.low - edge, step.high + edge
@@ -201,10 +204,10 @@ def test_the_density_integrates_to_one(one_backend: Backend) -> None:
     ids=["no log-det", "log-det scaled", "no common log-det", "gradient scaled", "gradient without log-det", "inverse"],
 )
 def test_a_wrong_logit_is_refused(spoil: Any) -> None:
-    wrong = type("Wrong", (Logit,), spoil(Logit))
-    for kind in (Logit, wrong):
+    wrong = type("Wrong", (MarginLogit,), spoil(MarginLogit))
+    for kind in (MarginLogit, wrong):
         flow = Flow(D, (4,), 3, preprocessing=(kind(LOW, HIGH, 0.05),), seed=2, init="he")
-        if kind is Logit:
+        if kind is MarginLogit:
             check_gradients(flow, rows())
         else:
             refuses(check_gradients, flow, rows())

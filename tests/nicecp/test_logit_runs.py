@@ -18,7 +18,7 @@ from nicecp.columns import check_representable
 from nicecp.data import open_splits
 from nicecp.errors import CheckpointError, DataError
 from nicecp.preprocessing import (
-    Logit,
+    MarginLogit,
     apply_steps,
 )
 from nicecp.records import DataInfo
@@ -63,7 +63,7 @@ def test_a_run_on_images_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     go_on(tmp_path / "parts.h5", epochs=4)
     assert model_bytes(tmp_path / "parts.h5") == model_bytes(tmp_path / "whole.h5")
     flow = load(tmp_path / "whole.h5")
-    assert [step.kind for step in flow.preprocessing] == ["dequantize", "logit"]
+    assert [step.kind for step in flow.preprocessing] == ["dequantize", "margin-logit"]
     with pytest.raises(ValueError, match=r"logit is 0\.05 in the run, 0\.1 was asked for"):
         go_on(tmp_path / "parts.h5", logit=0.1)
 
@@ -90,7 +90,7 @@ def test_fitting_bounded_floats() -> None:
     got, other = (float(np.mean(flow.log_prob(data))) for flow in (bounded, plain))
     assert exact - 0.05 < got < exact + 0.02  # measured: 0.005 below
     assert got > other + 0.1
-    assert [step.kind for step in bounded.preprocessing] == ["logit", "standardize"]
+    assert [step.kind for step in bounded.preprocessing] == ["margin-logit", "standardize"]
     z = apply_steps(bounded.preprocessing, data)[0]
     assert np.abs(z.std(axis=0) - 1).max() < 0.1
 
@@ -103,8 +103,10 @@ def test_rows_without_a_logit_are_named(tmp_path: Path) -> None:
         file["valid"] = np.vstack([rng.uniform(0, 1, (5, 3)), [[0.5, 1.5, 0.5]]])
         file["train"].attrs["columns"] = ["a", "b", "c"]
     with open_splits(tmp_path / "a.h5") as splits:
-        step = Logit(np.zeros(3), np.ones(3), 0.05)
-        with pytest.raises(DataError, match=r"a\.h5:/valid': row 5, column .* is 1\.5, of which the step 'logit'"):
+        step = MarginLogit(np.zeros(3), np.ones(3), 0.05)
+        with pytest.raises(
+            DataError, match=r"a\.h5:/valid': row 5, column .* is 1\.5, of which the step 'margin-logit'"
+        ):
             check_representable(splits, (step,), np.float64)
     flow = NICE(3, (4,), 3)
     with pytest.raises(DataError, match=r"column .* spans .*, which is not within the logit's range 0 to 0\.5;"):
@@ -129,13 +131,13 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     capsys.readouterr()
     flow, record = load_run("a.h5")
     assert record is not None
-    assert [step.kind for step in flow.preprocessing] == ["logit", "standardize"]
+    assert [step.kind for step in flow.preprocessing] == ["margin-logit", "standardize"]
     assert main(["evaluate", "a.h5", "--data", "t.h5", "--json"]) == 0
     with h5py.File("t.h5") as file:
         want = float(np.mean(flow.log_prob(file["test"][()])))
     assert json.loads(capsys.readouterr().out)["mean"] == pytest.approx(want, rel=1e-10)
     assert main(["info", "a.h5"]) == 0
-    assert re.search(r"preprocessing +logit margin=0\.01, standardize", capsys.readouterr().out)
+    assert re.search(r"preprocessing +margin-logit margin=0\.01, standardize", capsys.readouterr().out)
     for options, says in (
         (["--logit", "0.01"], "a logit of floats needs the interval in which they lie (--range LO,HI"),
         (["--logit", "0.6"], "--logit"),

@@ -31,7 +31,7 @@ FEATURES, ROWS = 256, 60_000  # 59 MiB of float32
 
 def test_more_memory_is_more_rows() -> None:
     before = Rows(0, 0)
-    for limit in (200 * MIB, 400 * MIB, 1000 * MIB, 3000 * MIB, 10**12):
+    for limit in (210 * MIB, 400 * MIB, 1000 * MIB, 3000 * MIB, 10**12):
         rows = rows_within(limit, 100 * MIB, COST, 200, 4096)
         assert before.window < rows.window or before == Rows(SHUFFLE_WINDOW, READ_ROWS) or limit == 10**12
         assert BATCH <= before.scored <= rows.scored or before.scored == 0

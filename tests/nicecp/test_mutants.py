@@ -291,10 +291,10 @@ def test_a_log_scale_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch, on
 def test_skipped_couplings_are_refused(good: tuple[NICE, Any], coupling: int) -> None:
     flow, x = rebuilt(NICE, good[0], Mutant(good[0].backend)), good[1]  # recorded passes would not notice
 
-    def skip_forward(backend: Backend, at: Buffers, layers: Any) -> None:
+    def skip_forward(backend: Backend, at: Buffers, layers: Any, own: Any) -> None:
         at.y[...] = at.x
 
-    def skip_inverse(backend: Backend, at: Buffers, layers: Any) -> None:
+    def skip_inverse(backend: Backend, at: Buffers, layers: Any, own: Any) -> None:
         at.x[...] = at.y
 
     flow.network.couplings[coupling].inverse = skip_inverse  # type: ignore[method-assign]

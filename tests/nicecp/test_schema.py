@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "order with a column twice": (permuted(np.array([0, 1, 2, 2, 4])), "column 2 is 2 times in the partition"),
     "order beyond the columns": (permuted(np.arange(1, 6)), "column 5 in the partition is outside 0..4"),
     "order below the columns": (permuted(np.arange(-1, 4)), "column -1 in the partition is outside 0..4"),
-    "law": (attr("/model/couplings/0", "law", "cubic"), "unknown coupling law 'cubic'"),
+    "law": (attr("/model/couplings/0", "law", "cubic"), "the coupling 'cubic' is not registered"),
     "parts alike": (attr("/model/couplings/0", "transforms", 0), "transforms the other"),
     "part 2": (attr("/model/couplings/0", "transforms", 2), "outside 0..1"),
     "parts exchanged": (

@@ -1,0 +1,226 @@
+"""Column transforms fitted to training rows: what was asked for, or what ``auto`` chooses, and why, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nicecp import spline
+from nicecp.errors import DataError, about_file
+from nicecp.sources import column_label
+from nicecp.split import BLOCK, Split
+from nicecp.transform_spec import STANDARDIZE, Chain, Transform, chains, shown
+from nicecp.transform_stats import Column, choose, look_at
+from nicecp.transforms import Angle, ColumnStep, Log, Logit, Quantile, Recorded, Student
+
+FloatArray = NDArray[np.float64]
+
+MAX_ROWS = 2**17  # rows that transforms are fitted to, in blocks from all over the training rows
+KNOTS = (8, 16, 32, 64, 128, 256)  # how many are tried, on rows held out of the fit
+_HELD = 5  # every fifth row
+_FREEDOM = (0.3, 30.0)  # of Student's t; above, the normal distribution itself is no different
+
+
+@dataclass
+class Fitted:
+    """steps in order; lines: what each column was given and why; notes: sentences that a user should read."""
+
+    steps: tuple[ColumnStep, ...] = ()
+    lines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def sample_of(split: Split) -> FloatArray:
+    """(n, d) float64: all rows of a split, or about MAX_ROWS in blocks from all over it."""
+    wanted = max(1, MAX_ROWS // BLOCK)
+    blocks = np.unique(np.linspace(0, split.n_blocks - 1, min(wanted, split.n_blocks)).astype(np.int64))
+    return np.asarray(split.load_blocks(blocks)[0], np.float64)
+
+
+def fit_transforms(split: Split, text: str) -> Fitted:
+    """The steps that ``text`` asks for (nicecp.transform_spec), fitted to the rows of a split of floats.
+
+    Raises ValueError for text that cannot be understood, DataError where training rows lie outside a support.
+    """
+    info = split.source.info
+    wanted = chains(text, split.source.n_features, info.columns)
+    x = sample_of(split)
+    labels = [column_label(i, info.columns) for i in range(x.shape[1])]
+    looks = [look_at(x[:, i], split.source.dtype) for i in range(x.shape[1])]
+    result = Fitted()
+    for i, look in enumerate(looks):
+        if wanted[i] == (Transform("auto"),):
+            wanted[i], why = choose(look, info.columns[i] if info.columns else "")
+        elif any(transform.kind == "auto" for transform in wanted[i]):
+            raise ValueError(f"transform {shown(wanted[i])!r}: auto stands alone")
+        else:
+            why = "as asked for"
+        result.lines.append(f"{labels[i]}: {shown(wanted[i])}, {why}; {look.summary()}")
+    result.notes += _notes(looks, labels, wanted)
+    try:
+        result.steps = _fit_stages(x, wanted, looks, labels)
+    except _Outside as error:
+        raise DataError(about_file(split.source.name, *error.args)) from None
+    return result
+
+
+class _Outside(Exception):
+    """Training rows outside the support of a transform: (problem, remedy)."""
+
+
+def _fit_stages(
+    x: FloatArray, wanted: Sequence[Chain], looks: Sequence[Column], labels: Sequence[str]
+) -> tuple[ColumnStep, ...]:
+    """Stage s holds the s-th transform of every column: one step for each kind of it."""
+    steps: list[ColumnStep] = []
+    x = np.array(x)
+    for stage in range(max(len(chain) for chain in wanted)):
+        by_kind: dict[str, list[int]] = {}
+        for i, chain in enumerate(wanted):
+            if stage < len(chain) and chain[stage].kind != "standardize":  # the last step does that for all columns
+                by_kind.setdefault(chain[stage].kind, []).append(i)
+        for kind, columns in by_kind.items():
+            given = [wanted[i][stage] for i in columns]
+            step = _fit_step(kind, columns, given, x, looks, labels)
+            if step is not None:
+                x = step.forward(x)
+                steps.append(step)
+    return tuple(steps)
+
+
+def _fit_step(
+    kind: str,
+    columns: list[int],
+    given: list[Transform],
+    x: FloatArray,
+    looks: Sequence[Column],
+    labels: Sequence[str],
+) -> ColumnStep | None:
+    if kind == "recorded":
+        kept = [(i, t.numbers[0] if t.numbers else looks[i].step) for i, t in zip(columns, given, strict=True)]
+        kept = [(i, width) for i, width in kept if width]  # nothing to do where no step is seen
+        return Recorded(_numbers([i for i, _ in kept]), np.array([w for _, w in kept])) if kept else None
+    which = _numbers(columns)
+    values = [x[:, i] for i in columns]
+    if kind == "log":
+        low = np.array([t.numbers[0] if t.numbers else 0.0 for t in given])
+        _check_inside(values, low, np.full(len(low), np.inf), columns, labels, "log")
+        return Log(which, low)
+    if kind == "logit":
+        low, high = (np.array([t.numbers[end] for t in given]) for end in (0, 1))
+        _check_inside(values, low, high, columns, labels, "logit")
+        return Logit(which, low, high)
+    if kind == "angle":
+        period = np.array([t.numbers[0] if t.numbers else 2.0 * np.pi for t in given])
+        cuts = [emptiest(v, p) for v, p in zip(values, period, strict=True)]
+        return Angle(which, np.array(cuts), period)
+    if kind == "student":
+        return Student(which, *np.array([fit_student(v) for v in values]).T)
+    knots = [
+        spline.fit_knots(v, int(t.numbers[0])) if t.numbers else quantile_knots(v)
+        for v, t in zip(values, given, strict=True)
+    ]
+    return Quantile.of(which, knots)
+
+
+def _numbers(columns: list[int]) -> NDArray[np.int64]:
+    return np.array(columns, np.int64)
+
+
+def _check_inside(
+    values: list[FloatArray],
+    low: FloatArray,
+    high: FloatArray,
+    columns: list[int],
+    labels: Sequence[str],
+    kind: str,
+) -> None:
+    for v, bottom, top, i in zip(values, low, high, columns, strict=True):
+        outside = int(((v <= bottom) | (v >= top)).sum())
+        if outside:
+            bounds = f"above {bottom:g}" if np.isinf(top) else f"between {bottom:g} and {top:g}"
+            problem = f"column {labels[i]}: {outside} of {len(v)} training rows are not {bounds}, as its {kind} needs"
+            remedy = f"they reach from {v.min():g} to {v.max():g}: give bounds outside these, or another transform"
+            raise _Outside(problem, remedy)
+
+
+# --- fits of single columns -------------------------------------------------------------------------------------------
+
+
+def quantile_knots(values: FloatArray) -> spline.Knots:
+    """A quantile spline with the number of KNOTS whose density is best on rows held out of the fit."""
+    held = np.arange(len(values)) % _HELD == _HELD - 1
+    best, score = KNOTS[0], -np.inf
+    if np.ptp(values[~held]) > 0 and held.any():
+        for count in KNOTS:
+            if count > KNOTS[0] and count > len(values) // 10:
+                break
+            z, log_slope, _ = spline.forward(values[held], spline.fit_knots(values[~held], count))
+            mean = float((log_slope - 0.5 * z * z).mean())
+            if mean > score:
+                best, score = count, mean
+    return spline.fit_knots(values, best)
+
+
+def emptiest(values: FloatArray, period: float) -> float:
+    """Where a period should begin: in the middle of the widest gap between angles in the emptiest part of it."""
+    angle = np.sort(np.mod(values, period))
+    bins = max(8, min(64, len(angle) // 20))
+    counts = np.bincount(np.minimum((angle / period * bins).astype(np.int64), bins - 1), minlength=bins)
+    emptiest_bin = int(np.argmin(counts))
+    start, stop = emptiest_bin * period / bins, (emptiest_bin + 1) * period / bins
+    inside = np.concatenate([[start], angle[(angle > start) & (angle < stop)], [stop]])
+    widest = int(np.argmax(np.diff(inside)))
+    return float(0.5 * (inside[widest] + inside[widest + 1]))
+
+
+def fit_student(values: FloatArray) -> tuple[float, float, float]:
+    """Degrees of freedom, location and scale of greatest likelihood under Student's t."""
+    from scipy.optimize import minimize
+    from scipy.special import gammaln
+
+    middle = float(np.median(values))
+    spread = float(np.median(np.abs(values - middle))) or float(np.std(values)) or 1.0
+    t = (values - middle) / spread
+
+    def loss(p: FloatArray) -> float:
+        nu, scale = np.exp(p[0]), np.exp(p[2])
+        norm = gammaln(0.5 * (nu + 1)) - gammaln(0.5 * nu) - 0.5 * np.log(np.pi * nu) - p[2]
+        return float(-(norm - 0.5 * (nu + 1) * np.log1p(((t - p[1]) / scale) ** 2 / nu).mean()))
+
+    bounds = [tuple(np.log(_FREEDOM)), (-10.0, 10.0), (-10.0, 10.0)]
+    found = minimize(loss, np.array([1.0, 0.0, 0.3]), method="L-BFGS-B", bounds=bounds).x
+    return float(np.exp(found[0])), middle + spread * float(found[1]), spread * float(np.exp(found[2]))
+
+
+# --- what a user should know ------------------------------------------------------------------------------------------
+
+
+def _notes(looks: Sequence[Column], labels: Sequence[str], wanted: Sequence[Chain]) -> list[str]:
+    """Sentences about atoms and coarsely recorded columns that are not dequantized."""
+    notes = []
+    raw = [i for i, chain in enumerate(wanted) if chain[0].kind != "recorded"]
+    atoms = [f"{labels[i]} ({looks[i].atom_share:.2%} are {looks[i].atom:g})" for i in raw if looks[i].atom_share]
+    if atoms:
+        notes.append(
+            f"one value in many rows: {', '.join(atoms)}. A flow gives such values a density as high as it can learn: "
+            "likelihoods of such columns compare only among models that see them in the same way"
+        )
+    coarse = [f"{labels[i]} (steps of {looks[i].step:g})" for i in raw if looks[i].coarse]
+    if coarse:
+        notes.append(
+            f"recorded to few digits: {', '.join(coarse)}. To spread them over the recorded step, put recorded before "
+            "their transform, such as recorded+quantile"
+        )
+    skipped = [labels[i] for i, chain in enumerate(wanted) if chain[0] == Transform("recorded") and not looks[i].step]
+    if skipped:
+        notes.append(f"no recorded step is to be seen in {', '.join(skipped)}: they are used as they are")
+    return notes
+
+
+def is_standardize(wanted: Sequence[Chain]) -> bool:
+    """Whether no column is transformed but by standardisation."""
+    return all(chain == STANDARDIZE for chain in wanted)

@@ -1,0 +1,151 @@
+"""A look at one column of numbers: its shape, tails, repeated values and recorded step, and the transform that fits."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from nicecp.transform_spec import Chain, Transform
+
+FloatArray = NDArray[np.float64]
+
+FEW_ROWS = 500  # below, a quantile spline would follow the noise
+ATOM_ROWS, ATOM_SHARE, ATOM_RATIO = 10, 1e-3, 10.0  # rows and share of one value, and times as many as its neighbours
+COARSE = 0.9  # fewer different values than this share of the rows
+_NORMAL = 0.02  # distance of distribution functions beyond what chance gives: such a column needs no transform
+_OUTLIER = 6.0  # standard deviations
+_HEAVY = 4.0  # tail index below which a kurtosis does not exist
+_ANGLES = re.compile(r"phi|theta|angle|azimuth|phase|longitude|\b(ra|lon)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column is like.
+
+    tail: Hill's estimate of the index a of tails that fall as |x|^-a. step: the power of ten that all values are
+    multiples of, 0 if there is none to be seen. atom: the value that fills atom_share of the rows where that is far
+    more than its neighbours (else the share is 0). distance: of the distribution function to a normal one.
+    """
+
+    rows: int
+    low: float
+    high: float
+    skewness: float
+    kurtosis: float  # in excess of a normal distribution's
+    tail: float
+    different: float  # share of different values
+    step: float
+    atom: float
+    atom_share: float
+    distance: float
+    reach: float  # of the farthest value, in standard deviations from the mean
+
+    @property
+    def coarse(self) -> bool:
+        """Recorded to so few digits that values repeat."""
+        return bool(self.step) and self.different < COARSE
+
+    def summary(self) -> str:
+        """'skewness 1.9, excess kurtosis 16, tail index 3.1, 2 % of rows repeat a value, 4.26 to 269'."""
+        repeated = f"{100 * (1 - self.different):.2g} % of rows repeat a value"
+        return (
+            f"skewness {self.skewness:.2g}, excess kurtosis {self.kurtosis:.2g}, tail index {self.tail:.2g}, "
+            f"{repeated}, {self.low:.4g} to {self.high:.4g}"
+        )
+
+
+def look_at(values: FloatArray, dtype: DTypeLike) -> Column:
+    """values : (n,) finite, as read from numbers of ``dtype``."""
+    from scipy.special import ndtr
+
+    n = len(values)
+    ordered = np.sort(values)
+    middle, spread = float(np.mean(ordered)), float(np.std(ordered))
+    z = (ordered - middle) / (spread or 1.0)
+    different, counts = np.unique(ordered, return_counts=True)
+    atom, share = _atom(different, counts)
+    distance = float(np.abs(ndtr(z) - (np.arange(n) + 0.5) / n).max(initial=0.0))
+    return Column(
+        rows=n,
+        low=float(ordered[0]),
+        high=float(ordered[-1]),
+        skewness=float(np.mean(z**3)),
+        kurtosis=float(np.mean(z**4)) - 3.0,
+        tail=_tail_index(ordered),
+        different=len(different) / n,
+        step=recorded_step(different, dtype),
+        atom=atom,
+        atom_share=share,
+        distance=max(0.0, distance - 1.4 / math.sqrt(n)),
+        reach=float(np.abs(z).max(initial=0.0)),
+    )
+
+
+def _tail_index(ordered: FloatArray) -> float:
+    """Hill's estimate from the square root of n rows that lie farthest from the median; infinite for a constant."""
+    far = np.sort(np.abs(ordered - np.median(ordered)))[::-1]
+    k = max(2, int(math.sqrt(len(far))))
+    if len(far) <= k or not far[k] > 0:
+        return math.inf
+    mean = float(np.mean(np.log(far[:k] / far[k])))
+    return 1.0 / mean if mean > 0 else math.inf
+
+
+def _atom(different: FloatArray, counts: NDArray[np.int64]) -> tuple[float, float]:
+    """The most frequent value and its share, if that is far beyond what the values around it have; else share 0."""
+    top = int(np.argmax(counts))
+    around = np.delete(counts[max(0, top - 25) : top + 26], min(top, 25))
+    usual = float(np.mean(around)) if len(around) else 0.0
+    n = int(counts.sum())
+    if counts[top] >= max(ATOM_ROWS, ATOM_SHARE * n) and counts[top] >= ATOM_RATIO * usual:
+        return float(different[top]), float(counts[top]) / n
+    return float(different[top]), 0.0
+
+
+def recorded_step(different: FloatArray, dtype: DTypeLike) -> float:
+    """The largest power of ten that all values are multiples of, as far as ``dtype`` can tell; 0 if there is none.
+
+    None is seen where steps are no wider than the rounding of the numbers themselves, or where a handful of rows could
+    fit by chance.
+    """
+    rounding = np.abs(different) * float(np.finfo(np.dtype(dtype)).eps if np.dtype(dtype).kind == "f" else 0.0)
+    largest = float(np.abs(different).max(initial=0.0))
+    if len(different) < 3 or largest == 0:
+        return 0.0
+    for exponent in range(math.floor(math.log10(largest)), -16, -1):
+        step = 10.0**exponent
+        if step < 8.0 * float(rounding.max()):
+            return 0.0
+        off = np.abs(different - np.round(different / step) * step)
+        if (off <= rounding + 1e-9 * step).all():
+            return step
+    return 0.0
+
+
+def choose(column: Column, name: str) -> tuple[Chain, str]:
+    """What ``auto`` gives a column, and why, in words. A bound is never assumed: it has to be given."""
+    hint = ""
+    span = column.high - column.low
+    for period, text in ((2 * math.pi, "angle"), (360.0, "angle(360)")):
+        if _ANGLES.search(name) and 0.9 * period < span <= period:
+            hint = f" (if it is an angle, say {text})"
+    if column.rows < FEW_ROWS:
+        if column.tail < _HEAVY and abs(column.skewness) < 2.0:
+            return (Transform("student"),), f"since its tails are heavy and {column.rows} rows are few{hint}"
+        return (Transform("standardize"),), f"since {column.rows} rows are too few for more{hint}"
+    if column.distance < _NORMAL and abs(column.kurtosis) < 1.0 and column.reach < _OUTLIER:
+        return (Transform("standardize"),), f"since it is close to normal{hint}"
+    reasons = []
+    if column.tail < _HEAVY:
+        reasons.append("its tails are heavy")
+    if abs(column.skewness) > 0.5:
+        reasons.append("it is skewed")
+    if not reasons:
+        outlier = column.distance < _NORMAL and column.reach >= _OUTLIER
+        far = f"a value lies {column.reach:.0f} standard deviations out"
+        reasons.append(far if outlier else "it is not normal")
+    return (Transform("quantile"),), f"since {' and '.join(reasons)}{hint}"
