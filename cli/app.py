@@ -25,6 +25,7 @@ from nicecp.parallel import launched
 COMMANDS = {
     "train": ("nicecp.cli.train", "train", "Train a flow on data."),
     "evaluate": ("nicecp.cli.evaluate", "evaluate", "Mean log-likelihood of a trained flow on data."),
+    "score": ("nicecp.cli.score", "score", "Log-density of every row of data, into a file."),
     "sample": ("nicecp.cli.sample", "sample", "Draw samples from a trained flow."),
     "inpaint": ("nicecp.cli.inpaint", "inpaint", "Fill in hidden pixels of images."),
     "plot": ("nicecp.cli.plot", "plot", "Figures: samples, spectrum, manifold, curve."),

@@ -158,3 +158,40 @@ def arrive(sync, count):  # type: ignore[no-untyped-def]
         if spins > _SPINS:
             _yield()
     return True
+
+
+@intrinsic
+def number_at(typingctx, address, like):  # type: ignore[no-untyped-def]
+    """The number of like's type at an address."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kind = context.get_value_type(like)
+        return builder.load(builder.inttoptr(arguments[0], kind.as_pointer()))
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def put_at(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write a number to an address."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        where = builder.inttoptr(arguments[0], arguments[1].type.as_pointer())
+        builder.store(arguments[1], where)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def call_point(typingctx, program, x, line, context, context_line):  # type: ignore[no-untyped-def]
+    """The compiled function that a point's program names in its first word (kernels/point.py), called with these."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.DoubleType(), [word] * 5)
+        core = builder.load(builder.inttoptr(arguments[0], word.as_pointer()))
+        return builder.call(builder.inttoptr(core, kind.as_pointer()), arguments)
+
+    whole = types.int64
+    return types.float64(whole, whole, whole, whole, whole), codegen

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +48,22 @@ def kernel(function: F) -> F:
     except (RuntimeError, OSError) as error:  # "cannot cache function: no locator available"; sources not readable
         logger.debug("compiling %s without a cache: %s", function.__name__, error)
         compiled = numba.njit(function, **options)
+    return compiled
+
+
+def c_function(signature: Any, function: Callable[..., Any], cached: bool = True) -> Any:
+    """A function with C's calling convention at ``.address``, compiled now; ``cached`` : or taken from the disk."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": REASSOCIATE, "error_model": "numpy"}
+    function.__qualname__ = f"{function.__qualname__}_{sources_digest()}"
+    arguments, result = sigutils.normalize_signature(signature)
+    compiled = CFunc(function, (arguments, result), locals={}, options=options)
+    try:
+        if cached:
+            compiled.enable_caching()
+            _forgive_full_disks(compiled)
+    except (RuntimeError, OSError) as error:
+        logger.debug("compiling %s without a cache: %s", function.__name__, error)
+    compiled.compile()
     return compiled
 
 

@@ -175,8 +175,7 @@ def _head_of(split: Split) -> Split:
     """At most about MAX_ROWS rows of a split: those in its first rows of the file."""
     if len(split) <= MAX_ROWS:
         return split
-    stop = split.start + math.ceil(MAX_ROWS / len(split) * (split.stop - split.start))
-    return Split(split.source, split.start, stop, split.purpose, split.fraction, split.seed, split.member)
+    return split.head(math.ceil(MAX_ROWS / len(split) * (split.stop - split.start)))
 
 
 def _values(flow: NICE, split: Split, seed: int, epoch: int) -> FloatArray:

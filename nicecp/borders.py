@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nicecp.preprocessing import Dequantize, Step
+from nicecp.preprocessing import Dequantize, Step, apply_steps
 from nicecp.spec import whole_number
+
+Floats = NDArray[np.float64]
 
 
 def as_rows(
@@ -55,3 +57,32 @@ def seed_of(rng: Any) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"rng must be a Generator or an int in 0..2**64 - 1, got {rng}")
     return seed
+
+
+def to_inputs(
+    rows: Floats, steps: Sequence[Step], dtype: DTypeLike
+) -> tuple[Floats, NDArray[np.bool_], float | Floats]:
+    """Data rows (n, d) -> the network's inputs, which of them are not finite in ``dtype`` (zeroed), and the steps'
+    log-determinants (0 for these)."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        z, log_det = apply_steps(steps, rows)
+        bad = ~np.isfinite(z.astype(dtype, copy=False)).all(axis=1)
+    if bad.any():
+        z = np.where(bad[:, None], 0.0, z)
+        log_det = np.where(bad, 0.0, log_det)
+    return z, bad, log_det
+
+
+def settle(out: Floats, rows: NDArray[Any], bad: NDArray[np.bool_], what: str, floor: float | None) -> None:
+    """Log-densities of rows that are not finite, and of all no less than the floor, in place."""
+    refuse_overflow(~np.isfinite(out) & ~bad, what)
+    if bad.any():  # a context that is not finite made it NaN already
+        out[bad] = np.where(np.isnan(rows[bad]).any(axis=1) | np.isnan(out[bad]), np.nan, -np.inf)
+    if floor is not None:
+        np.maximum(out, floor, out=out)
+
+
+def with_log_det(rows: Floats, shape: tuple[int, ...], log_det: Floats) -> tuple[Floats, Any]:
+    """rows : (n, d), log_det : (n,) in the shape in which rows came: (*shape, d), and a float for a single row."""
+    rows = rows.reshape(*shape, rows.shape[-1])
+    return rows, float(log_det[0]) if shape == () else log_det.reshape(shape)

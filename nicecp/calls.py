@@ -20,7 +20,8 @@ KEPT = 16  # passes in all
 
 
 class Call:
-    """One kind of pass for n rows. ``ws`` takes the input; ``out`` : (n, d) the result, but for kind "density".
+    """One kind of pass for n rows. ``ws`` takes the input, and in ws.context the context if the flow has one; ``out`` :
+    (n, d) the result, but for kind "density".
 
     density: ws.x -> ws.logp; latent: ws.x -> out = h; inverse: ws.h -> out = x; gradient: ws.x -> out = d log p / d x.
     """
@@ -82,6 +83,6 @@ class Calls:
         """Of the buffers, about."""
         spec = self._network.spec
         hidden = [sum(coupling.hidden) for coupling in spec.couplings]
-        return (4 * spec.n_features + (sum(hidden) if kind == "gradient" else max(hidden))) * np.dtype(
-            spec.dtype
-        ).itemsize
+        return (
+            4 * (spec.n_features + spec.n_context) + (sum(hidden) if kind == "gradient" else max(hidden))
+        ) * np.dtype(spec.dtype).itemsize

@@ -18,7 +18,7 @@ from nicecp.files import reason
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Backend, Slot
 from nicecp.records import EpochRecord, Event, Parameters, ResumeState, RunRecord
-from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_model, read_parameters
+from nicecp.schema import MAX_COUNT, Reader, add_parameters, model_tree, read_context, read_model, read_parameters
 from nicecp.spec import ModelSpec
 from nicecp.store import Attribute, Tree, read_tree, strings, write_tree
 
@@ -115,20 +115,21 @@ def save_state(path: StrPath, flow: NICE, run: RunRecord, state: ResumeState, ov
 def _load(path: StrPath, backend: Backend | None) -> tuple[NICE, RunRecord | None, ResumeState | None]:
     reader = Reader(read_tree(path), path)
     spec, parameters, preprocessing, info = read_model(reader)
+    context = read_context(reader, spec.n_context)
     run = _read_run(reader) if reader.has("/training") else None
     state = None
     if run is not None and reader.has("/resume"):
         state = _read_state(reader, spec)
         state.parameters = parameters
     reader.finish()
-    return NICE.from_spec(spec, parameters, preprocessing, info, backend=backend), run, state
+    return NICE.from_spec(spec, parameters, preprocessing, info, context=context, backend=backend), run, state
 
 
 # --- the record of a run ----------------------------------------------------------------------------------------------
 
 
 def _run_tree(flow: NICE, parameters: Parameters, run: RunRecord) -> Tree:
-    tree = model_tree(flow.spec, parameters, flow.preprocessing, flow.info)
+    tree = model_tree(flow.spec, parameters, flow.preprocessing, flow.info, flow.context)
     attrs: dict[str, Attribute] = {
         "epoch": int(run.epoch),
         "best_epoch": int(run.best_epoch),

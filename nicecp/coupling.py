@@ -26,6 +26,9 @@ class Buffers:
     x, y : (n, d_t) the half that it changes, before and after (one array where it is changed in place); condition :
     (n, d_c); ys : the network's layer outputs, m last; dys : gradients by all of them, the last one None where it is
     y's; log_det : (n,) float64, or None while all couplings preserve volume; first : whether log_det is begun here.
+
+    With a context : (n, k) the network reads inputs : (n, d_c + k), condition and context beside each other, and
+    dinputs is the gradient by these.
     """
 
     x: Array
@@ -35,7 +38,19 @@ class Buffers:
     dys: list[Array]
     log_det: Array | None
     first: bool
+    context: Array | None = None
+    inputs: Array | None = None
+    dinputs: Array | None = None
     saved: list[Any] = field(default_factory=list)  # by a registered network's forward for its backward
+
+    def network_input(self, backend: Backend) -> Array:
+        """What the network reads: the condition, and the context behind it."""
+        if self.inputs is None:
+            return self.condition
+        half = self.condition.shape[1]
+        backend.copy_columns(self.inputs, 0, self.condition, 0, half)
+        backend.copy_columns(self.inputs, half, self.context, 0, self.inputs.shape[1] - half)
+        return self.inputs
 
 
 class Own(NamedTuple):
@@ -91,11 +106,16 @@ class Coupling(ABC):
         dlogp : (n,) float64, the loss's gradient by each row's log-density, of which log_det is a summand.
         """
         dm = self.apply_backward(backend, at, dy, dlogp, own, own_grads)
+        inputs, dinputs = at.condition, dcondition
+        if at.inputs is not None:
+            inputs, dinputs = at.inputs, None if dcondition is None else at.dinputs
         if self.network is None:
-            mlp_backward(backend, dcondition, grads, [*at.dys[:-1], dm], at.ys, at.condition, layers, ready)
-            return
-        by_own = None if own_grads is None else own_grads.network
-        host.network_backward(backend, self.network, self.network_name, dcondition, by_own, dm, at.saved, own.network)
+            mlp_backward(backend, dinputs, grads, [*at.dys[:-1], dm], at.ys, inputs, layers, ready)
+        else:
+            by_own = None if own_grads is None else own_grads.network
+            host.network_backward(backend, self.network, self.network_name, dinputs, by_own, dm, at.saved, own.network)
+        if at.inputs is not None and dcondition is not None:  # nobody asks for the gradient by the context
+            backend.copy_columns(dcondition, 0, at.dinputs, 0, dcondition.shape[1])
 
     def inverse(self, backend: Backend, at: Buffers, layers: Layers, own: Own = NONE) -> None:
         """at.y -> at.x, which may be one array."""
@@ -108,16 +128,15 @@ class Coupling(ABC):
             self._m(backend, at, layers, own)
             return
         read = len(layers) if self.reads_m else len(layers) - 1
-        mlp_forward(backend, at.ys[:read], at.condition, layers[:read], linear=len(layers) - 1)
+        mlp_forward(backend, at.ys[:read], at.network_input(backend), layers[:read], linear=len(layers) - 1)
 
     def _m(self, backend: Backend, at: Buffers, layers: Layers, own: Own) -> None:
         """at.condition -> at.ys, of which the last one is m."""
+        x = at.network_input(backend)
         if self.network is None:
-            mlp_forward(backend, at.ys, at.condition, layers)
+            mlp_forward(backend, at.ys, x, layers)
         else:
-            host.network_forward(
-                backend, self.network, self.network_name, at.ys[-1], at.saved, at.condition, own.network
-            )
+            host.network_forward(backend, self.network, self.network_name, at.ys[-1], at.saved, x, own.network)
 
     @abstractmethod
     def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:

@@ -15,7 +15,7 @@ from nicecp.datasets import TEST_NAMES, TRAIN_NAMES, VALID_NAMES, candidates, lo
 from nicecp.errors import DataError, about_file
 from nicecp.kernels.backend import Purpose
 from nicecp.sources import ArraySource, Source, column_label
-from nicecp.split import Split, as_fraction
+from nicecp.split import Split, as_fraction, held_by_weight
 
 DEMO = "demo"
 DEMO_TRAIN, DEMO_TEST = 12_000, 2_000  # rows
@@ -111,6 +111,7 @@ def open_splits(spec: Any, valid_fraction: float | Fraction = VALID_FRACTION, se
 
     The validation rows are the ``valid`` dataset of the file; without one, the last ``valid_fraction`` (rounded down)
     of an 8-bit image dataset's rows, or as many rows of a table, chosen by the seed (Split.keyed); None if no row is.
+    Of rows with weights it is that fraction of their total weight, to within half a row's (Split.weighted).
     A named valid dataset is used even with valid_fraction = 0. Raises DataError, and ValueError for the fraction.
     """
     fraction, whole = as_fraction(valid_fraction), spec
@@ -144,8 +145,13 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
     source = sources["train"]
     n = source.n_rows
     held = 0 if "valid" in sources else n * fraction.numerator // fraction.denominator
+    if held and source.weight is not None and source.is_image8:
+        held = held_by_weight(source.weight[::-1], fraction)
     valid: Split | None = None
-    if held and not source.is_image8:
+    if held and not source.is_image8 and source.weight is not None:
+        train = Split.weighted(source, fraction, seed, False, Purpose.TRAIN_NOISE)
+        valid = Split.weighted(source, fraction, seed, True, Purpose.VALID_NOISE)
+    elif held and not source.is_image8:
         train = Split.keyed(source, fraction, seed, False, Purpose.TRAIN_NOISE)
         valid = Split.keyed(source, fraction, seed, True, Purpose.VALID_NOISE)
     else:
@@ -154,6 +160,7 @@ def _split(sources: dict[str, Source], fraction: Fraction, seed: int) -> Splits:
             valid = Split.contiguous(source, n - held, n, Purpose.VALID_NOISE)
         elif "valid" in sources:
             valid = Split.contiguous(sources["valid"], 0, sources["valid"].n_rows, Purpose.VALID_NOISE)
+    valid = valid if valid is not None and len(valid) else None
     test = sources.get("test")
     return Splits(train, valid, None if test is None else Split.contiguous(test, 0, test.n_rows, Purpose.TEST_NOISE))
 
@@ -191,7 +198,7 @@ class ColumnStats:
 
 
 def column_stats(split: Split) -> ColumnStats:
-    """One pass over a split in blocks, float64, merged in file order.
+    """One pass over a split in blocks, float64, merged in file order; rows count by their weights, if they have any.
 
     Raises DataError for NaN, infinity, no rows, or a spread that float64 cannot hold.
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
@@ -199,27 +206,28 @@ def column_stats(split: Split) -> ColumnStats:
     source, d = split.source, split.source.n_features
     if not len(split):
         raise DataError(about_file(source.name, "no rows are left to train on", "use a smaller --valid-fraction"))
-    count = 0
+    count, total = 0, 0.0
     mean, square = np.zeros(d), np.zeros(d)
     low, high = np.full(d, np.inf), np.full(d, -np.inf)
     step = max(1, 2**19 // (1024 * d))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for first in range(0, split.n_blocks, step):
-            data, _ = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
+            data, rows = split.load_blocks(np.arange(first, min(first + step, split.n_blocks)))
             n = len(data)
             if n == 0:
                 continue
             x = data.astype(np.float64)
             low, high = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
-            part = x.mean(0)
+            w = None if source.weight is None else source.weight[rows]
+            size = n if w is None else float(w.sum())
+            part = x.mean(0) if w is None else w @ x / size
             x -= part
             np.square(x, out=x)
             delta = part - mean
-            total = count + n
-            square += x.sum(0) + delta * delta * (count * n / total)
-            mean += delta * (n / total)
-            count = total
-        std = np.where(low == high, 0.0, np.sqrt(square / count))
+            before, total, count = total, total + size, count + n
+            square += (x.sum(0) if w is None else w @ x) + delta * delta * (before * size / total)
+            mean += delta * (size / total)
+        std = np.where(low == high, 0.0, np.sqrt(square / total))
     mean = np.where(low == high, low, mean)
     bad = np.flatnonzero(~(np.isfinite(std) & np.isfinite(mean)) | ((std == 0) & (low < high)))
     if len(bad):

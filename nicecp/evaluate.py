@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import effective_rows
 from nicecp.errors import DataError, about_file
+from nicecp.extras import Extras, check_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Array, Slot
 from nicecp.loading import Loader
@@ -27,13 +29,17 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean and standard error over rows (nats per row); bits per dimension for 8-bit data, else None."""
+    """Mean and standard error over rows (nats per row); bits per dimension for 8-bit data, else None.
+
+    Of rows with weights these are the weighted mean and its error, and effective_rows is Kish's effective sample size.
+    """
 
     rows: int
     mean: float
     standard_error: float
     minimum: float
     bits_per_dim: float | None
+    effective_rows: float | None = None
 
 
 def log_det(steps: tuple[Step, ...]) -> float:
@@ -64,6 +70,7 @@ def check_fits(flow: NICE, split: Split) -> None:
         raise DataError(
             about_file(source.name, f"{has} data, but the flow was trained on {wants} data", "convert the data")
         )
+    check_context(flow, source)
 
 
 class PresentedRows:
@@ -125,6 +132,8 @@ class Evaluator:
         self._ws = flow.network.workspace(self._batch, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
         self._loader = Loader(flow, self._batch)
+        self._extras = Extras(flow, split.source)
+        self._weights = split.weights
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
@@ -137,6 +146,7 @@ class Evaluator:
 
             def score(data: Array = data, index: Array = index, rows: Array = rows) -> None:
                 self._loader.load(ws, data, index, rows, self._state, seed, self.split.purpose)
+                self._extras.load(ws, rows, self._state)
                 self.flow.network.forward(ws, views)
 
             self._at(epoch, 0)
@@ -174,10 +184,26 @@ class Evaluator:
         return self._summary(values)
 
     def _summary(self, values: FloatArray) -> Evaluation:
+        n, weights = len(values), self._weights
         with np.errstate(over="ignore", invalid="ignore"):
-            n, mean = len(values), float(np.mean(values))
-            error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-        return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean))
+            if weights is None:
+                mean = float(np.mean(values))
+                error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+            else:
+                mean = float(np.average(values, weights=weights))
+                error = weighted_error(values - mean, weights)
+        effective = None if weights is None else effective_rows(weights)
+        return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean), effective)
+
+
+def weighted_error(gaps: FloatArray, weights: FloatArray) -> float:
+    """Standard error of a weighted mean, gaps : (n,) values less that mean; NaN for a single row.
+
+    sqrt(n / (n - 1) sum (w gap)^2) / sum w: of equal weights it is the standard deviation over sqrt(n).
+    Source: Cochran, Sampling Techniques, 1977, section 6.3 (a ratio of two sums over rows).
+    """
+    n = len(gaps)
+    return math.sqrt(n / (n - 1) * float(np.square(weights * gaps).sum())) / float(weights.sum()) if n > 1 else math.nan
 
 
 def bits_per_dim(flow: NICE, mean: float) -> float | None:

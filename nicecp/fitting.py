@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import DataSpec
 from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import Splits, check_constant, check_finite, column_stats, open_splits
 from nicecp.evaluate import check_fits, check_width
+from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.machine import versions
@@ -135,6 +137,8 @@ def fit(
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
+    context: Any = None,
+    sample_weight: Any = None,
     callbacks: Callbacks = (),
     communicator: Communicator = ALONE,
 ) -> RunRecord:
@@ -154,6 +158,12 @@ def fit(
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
         "zca", "gaussian" or "approximate" adds a whitening, fitted to the training rows.
+    context : (n, k) array, or text; see nicecp.beside.DataSpec
+        What the density of each row is conditioned on, for a flow with n_context = k: 'a,b' takes columns of the data,
+        'FILE.h5:/NAME' a dataset. It is standardised by its own mean and standard deviation.
+    sample_weight : (n,) array, or text
+        Weights of rows, finite and not negative; their scale does not matter, and rows of weight 0 are ignored. The
+        loss and all means are weighted, and the rows that validate hold ``valid_fraction`` of the weight.
     optimizer : AdaM or RMSProp
         The paper's AdaM by default.
     activations : "store", "halves" or "recompute"
@@ -184,10 +194,12 @@ def fit(
         raise TypeError(f"flow must be a NICE, got {flow!r}")
     called = as_callbacks(callbacks)
     config = TrainConfig(epochs, batch_size, optimizer or AdaM(), patience, seed, activations=activations)
-    with open_splits(data, valid_fraction=valid_fraction, seed=seed) as splits:
+    spec: Any = data if context is None and sample_weight is None else DataSpec(data, context, sample_weight)
+    with open_splits(spec, valid_fraction=valid_fraction, seed=seed) as splits:
         train = splits.train
         check_width(flow, train)
         steps, events = flow.preprocessing, discrete_columns_noted(train)
+        check_context(flow, train.source)
         if steps:
             check_fits(flow, train)
         else:
@@ -196,10 +208,11 @@ def fit(
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
         check_representable(splits, steps, flow.dtype)
-        flow.prepare(steps, train.source.info, train.source.is_image8)
+        scale = fit_context(train) if flow.context is None or flow.context.fresh else None
+        flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
         trainer = Trainer(flow, train, splits.valid, config, called, communicator)
         trainer.record.versions = versions()
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
-        trainer.record.events += events
+        trainer.record.events += events + weights_noted(train, flow.n_parameters)
         return trainer.run()

@@ -16,6 +16,7 @@ from nicecp.machine import as_bytes
 from nicecp.plan import Cost, cost_of_run
 from nicecp.presets import Settings
 from nicecp.reconstruction import workspace_bytes
+from nicecp.sources import Source
 from nicecp.split import BLOCK, SHUFFLE_WINDOW, Split
 
 # Beside what is counted: the pieces in which a file is read (8 MiB and a copy), compiled code, BLAS's buffers.
@@ -105,6 +106,20 @@ def scored_within(limit: int | None, flow: NICE, split: Split) -> int:
     if limit < needed:
         raise ValueError(_too_small(limit, needed, f"this flow and {BATCH} rows at a time"))
     return max(BATCH, min(READ_ROWS, (limit - fixed) // row - BLOCK))
+
+
+def block_within(limit: int | None, flow: NICE, source: Source) -> int:
+    """Rows of a block that is read and scored as a whole, for a process of ``limit`` bytes; raises as ``within``."""
+    if limit is None:
+        return sys.maxsize
+    give_back_at_once()
+    row = 8 * 5 * source.n_features  # what is read, with its noise, in float64, as inputs, and a copy on the way
+    fixed = (
+        resident_bytes() + RESERVE + flow.n_parameters * flow.dtype.itemsize + workspace_bytes(flow.spec, BATCH, False)
+    )
+    if limit < fixed + BATCH * row:
+        raise ValueError(_too_small(limit, fixed + BATCH * row, f"this flow and {BATCH} rows at a time"))
+    return (limit - fixed) // row
 
 
 def _too_small(limit: int, needed: int, what: str) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.coupling import Buffers, coupling_of, own_of
 from nicecp.errors import DeviceError
@@ -29,8 +31,9 @@ class Workspace:
 
     x : (n, d0), (n, d1) inputs, overwritten in place unless keep, and by a backward pass that recomputes (with what it
     makes of the output); h : the same shapes, latent; logp, dlogp, weight, log_det (of the couplings; None if they
-    preserve volume) : (n,) float64; dx : gradients by the halves (keep only). before : (n,) float64 log-determinants of
-    the rows' own on their way to x, part of logp; None, unless whoever loads rows sets it.
+    preserve volume) : (n,) float64; dx : gradients by the halves (keep only). context : (n, k) standardised, or None
+    without one; passes leave it as it is. before : (n,) float64 log-determinants of the rows' own on their way to x,
+    part of logp; None, unless whoever loads rows sets it.
     """
 
     before: Array | None = None
@@ -51,6 +54,7 @@ class Workspace:
         self.dlogp = backend.alloc(n, np.float64)
         self.weight = backend.alloc(n, np.float64)
         self.log_det: Array | None = None if spec.volume_preserving else backend.alloc(n, np.float64)
+        self.context: Array | None = backend.alloc((n, spec.n_context), dtype) if spec.n_context else None
         sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
         widest = max((size for layers in sizes for size in layers[1:-1]), default=0)
         # Two scratch buffers take turns: activations when scoring, their gradients in the backward pass.
@@ -64,6 +68,14 @@ class Workspace:
         again_m = backend.alloc(output.shape if again and self.log_det is not None else 0, dtype)
         self.undone = backend.alloc(n, np.float64)  # takes the log_det of couplings that are inverted on the way back
         self.dcondition = halves() if keep else None
+
+        def wide(part: int) -> Array | None:
+            """What a network reads: a part's features and the context."""
+            return backend.alloc((n, parts[part] + spec.n_context), dtype) if spec.n_context else None
+
+        # Filled anew by every network, unless backward reads what is in them; gradients by them.
+        inputs = (None, None) if store else (wide(0), wide(1))
+        dinputs = (wide(0), wide(1)) if keep else (None, None)
         held: list[object] = []  # what a registered network saves, where one at a time is enough
         self.couplings: list[Buffers] = []
         parts_now, begun = list(self.x), False
@@ -82,13 +94,23 @@ class Workspace:
                 m = backend.alloc(m.shape, dtype) if store else again_m[: m.size].reshape(m.shape)
             x = parts_now[coupling.transforms]
             y = x if in_place else backend.alloc((n, parts[coupling.transforms]), dtype)
-            condition = parts_now[coupling.conditions_on]
-            log_det, saved = self.log_det if factor else None, [] if store else held
-            self.couplings.append(Buffers(x, y, condition, [*hidden, m], [*turns, shared], log_det, not begun, saved))
+            c, log_det = coupling.conditions_on, self.log_det if factor else None
+            beside = self.context, wide(c) if store else inputs[c], dinputs[c], [] if store else held
+            self.couplings.append(
+                Buffers(x, y, parts_now[c], [*hidden, m], [*turns, shared], log_det, not begun, *beside)
+            )
             begun = begun or factor
             parts_now[coupling.transforms] = y
         self.y = parts_now[0], parts_now[1]  # behind the last coupling
         self.dx = halves() if keep else None
+
+    def load_context(self, backend: Backend, context: NDArray[Any] | None, at: slice) -> Any:
+        """Rows ``at`` of a context as networks see it : (m, k), or (1, k) for all rows -> which are NaN, or False."""
+        if context is None:
+            return False
+        part = np.broadcast_to(context[at] if len(context) > 1 else context, (self.n, context.shape[1]))
+        backend.copy_in(self.context, part)
+        return np.isnan(part).any(axis=1)
 
 
 class Network:

@@ -95,29 +95,30 @@ class LogDetSource(_Rows):
         return np.broadcast_to(apply_steps(self._steps, self._raw(start, stop))[1], (stop - start,)).reshape(-1, 1)
 
 
-def _with_source(split: Split, source: Source) -> Split:
-    return Split(source, split.start, split.stop, split.purpose, split.fraction, split.seed, split.member)
-
-
 def presented(split: Split, steps: tuple[Step, ...], seed: int) -> Split:
     """The same rows after the host's part of ``steps``; the split itself where there is none."""
     host = host_part(steps)
-    return _with_source(split, PresentedSource(split.source, host, seed, split.purpose)) if host else split
+    return split.seen_as(PresentedSource(split.source, host, seed, split.purpose)) if host else split
 
 
 def log_dets(split: Split, steps: tuple[Step, ...], seed: int) -> Split | None:
     """The log-determinants (n, 1) of the host's part of ``steps`` for the rows of a split; None where there is none."""
     host = host_part(steps)
-    return _with_source(split, LogDetSource(split.source, host, seed, split.purpose)) if host else None
+    return split.seen_as(LogDetSource(split.source, host, seed, split.purpose)) if host else None
 
 
 def mean_log_det(split: Split, steps: tuple[Step, ...], seed: int) -> float:
-    """Mean over a split's rows of what the host's steps add to their log-densities, nats."""
+    """Mean over a split's rows, by their weights, of what the host's steps add to their log-densities, nats."""
     dets = log_dets(split, steps, seed)
     if dets is None or not len(split):
         return 0.0
-    total = sum(float(dets.load_blocks(np.arange(block, block + 1))[0].sum()) for block in range(dets.n_blocks))
-    return total / len(split)
+    weights, total = split.weights, 0.0
+    for block in range(dets.n_blocks):
+        values = dets.load_blocks(np.arange(block, block + 1))[0][:, 0]
+        total += float(
+            values.sum() if weights is None else values @ weights[dets.bounds[block] : dets.bounds[block + 1]]
+        )
+    return total / (len(split) if weights is None else float(weights.sum()))
 
 
 def past_transforms(flow: NICE, x: FloatArray) -> tuple[NICE, FloatArray]:

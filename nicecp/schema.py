@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.context import Context
 from nicecp.errors import CheckpointError, about_file
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
@@ -33,7 +34,7 @@ MAX_WIDTH = 1 << 24
 MAX_STEPS = 64  # of preprocessing
 MAX_COUNT = 1 << 53  # step and epoch counters also live in float64 arrays
 
-SECTIONS = ("training", "optimizer", "resume", "best")  # read by nicecp.checkpoint
+SECTIONS = ("training", "optimizer", "resume", "best", "context")  # read by nicecp.checkpoint
 
 # Attributes (name, type) and arrays (name, rank: (d,) or (d, d)) of each kind of preprocessing step.
 _STEPS: dict[str, tuple[dict[str, type], dict[str, int]]] = {
@@ -177,8 +178,14 @@ def _first_bad(array: NDArray[Any]) -> str:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[Step], info: DataInfo) -> Tree:
-    """A flow as /model, /preprocessing and /data. CheckpointError for numbers that could not be read again.
+def model_tree(
+    spec: ModelSpec,
+    parameters: Parameters,
+    preprocessing: Sequence[Step],
+    info: DataInfo,
+    context: Context | None = None,
+) -> Tree:
+    """A flow as /model, /preprocessing, /data and /context. CheckpointError for numbers that could not be read again.
 
     parameters : arrays named and shaped as ``spec.parameter_shapes()``, of the flow's dtype, finite; not copied
     """
@@ -220,10 +227,15 @@ def model_tree(spec: ModelSpec, parameters: Parameters, preprocessing: Sequence[
     for key, texts in (("columns", info.columns), ("units", info.units)):
         if texts is not None:
             tree.arrays[f"/data/{key}"] = strings(texts)
+    if context is not None:
+        tree.arrays["/context/mean"], tree.arrays["/context/std"] = context.mean, context.std
+        if context.names is not None:
+            tree.arrays["/context/names"] = strings(context.names)
     add_parameters(tree, "/model", parameters)
     reader = Reader(tree, "flow", "it is not saved")
     if read_model(reader)[0] != spec:
         raise reader.refuse("/model", "the parameters' shapes are not those of the architecture")
+    read_context(reader, spec.n_context)
     reader.finish()
     return tree
 
@@ -303,6 +315,16 @@ def _built(reader: Reader, where: str, make: Any, *arguments: Any) -> Any:
         return make(*arguments)
     except ValueError as error:
         raise reader.refuse(where, str(error)) from error
+
+
+def read_context(reader: Reader, n_context: int) -> Context | None:
+    """The scale of a flow's context, None for a flow without one, which has no such group."""
+    if not n_context:
+        return None
+    mean, std = (reader.array(f"/context/{name}", "float64", (n_context,)) for name in ("mean", "std"))
+    names = tuple(reader.names("/context/names", n_context)) if reader.has("/context/names") else None
+    context: Context = _built(reader, "/context", Context, mean, std, names)
+    return context
 
 
 def add_parameters(tree: Tree, root: str, parameters: Mapping[str, NDArray[Any]]) -> None:

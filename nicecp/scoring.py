@@ -23,7 +23,7 @@ from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
-from nicecp.split import BLOCK, Split
+from nicecp.split import Split
 
 logger = logging.getLogger("nicecp")
 
@@ -239,15 +239,9 @@ def describe_rows(split: Split) -> str:
     return f"rows {split.start:,} to {split.stop - 1:,} of {name}"
 
 
-def head(split: Split, rows: int) -> Split:
-    """The part of a split that lies in its first ``rows`` rows of the file, rounded up to whole blocks."""
-    stop = min(split.stop, split.start + -(-rows // BLOCK) * BLOCK)
-    return Split(split.source, split.start, stop, split.purpose, split.fraction, split.seed, split.member)
-
-
 def example_rows(flow: NICE, split: Split, n: int) -> NDArray[np.float64]:
     """The first n rows of a split in data space : (<= n, d); 8-bit values as the middle of their bins."""
-    rows = np.asarray(head(split, n).load()[0][:n], np.float64)
+    rows = np.asarray(split.head(n).load()[0][:n], np.float64)
     for step in flow.preprocessing:
         if isinstance(step, Dequantize):
             return step.low + (step.high - step.low) * (rows + 0.5) / step.levels

@@ -124,7 +124,7 @@ class ModelSpec:
 
     partition : "odd-even": part 0 is the features with even 0-based index (section 5.1); "halves": the first half;
     "permutation": the first half of ``order``, any permutation of 0..d-1. Part 0 has ceil(d / 2) features, and the
-    networks see a part's features in this order.
+    networks see a part's features in this order. n_context : numbers that every network reads behind these.
     """
 
     n_features: int
@@ -149,8 +149,8 @@ class ModelSpec:
             self.own_shapes(k)  # ValueError where a registered one has no parameters of such sizes
         if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
             partition_order(self.partition, self.n_features, self.order)
-        if self.n_context != 0:
-            raise ValueError("flows with a context are not available in this version: n_context must be 0")
+        if self.n_context < 0:
+            raise ValueError(f"n_context must be at least 0, got {self.n_context}")
 
     @property
     def part_sizes(self) -> tuple[int, int]:
@@ -273,10 +273,12 @@ def spec_of(
     coupling: str | Iterable[str],
     partition: Any,
     network: str = MLP,
+    n_context: Any = 0,
 ) -> ModelSpec:
     """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
     sizes = hidden_sizes(hidden)
     count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
     couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling), network)
     name, (parted, order) = dtype_name(dtype), partition_of(partition)
-    return ModelSpec(whole_number(n_features, "n_features"), couplings, prior, name, partition=parted, order=order)
+    d, k = whole_number(n_features, "n_features"), whole_number(n_context, "n_context")
+    return ModelSpec(d, couplings, prior, name, k, partition=parted, order=order)

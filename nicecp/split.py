@@ -28,24 +28,35 @@ Rows = NDArray[np.int64]
 
 
 class Split:
-    """A part of a source's rows, in file order, made by ``contiguous`` or ``keyed``.
+    """A part of a source's rows, in file order, made by ``contiguous``, ``keyed`` or ``weighted``.
 
     ``purpose`` (kernels' Purpose) keys the dequantization noise. Block b covers the file rows from
     ``start + b * BLOCK``; memory and work are O(BLOCK) per block and O(n_blocks) in all.
     """
 
     def __init__(
-        self, source: Source, start: int, stop: int, purpose: int, fraction: Fraction | None, seed: int, member: bool
+        self,
+        source: Source,
+        start: int,
+        stop: int,
+        purpose: int,
+        fraction: Fraction | None,
+        seed: int,
+        member: bool,
+        chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         if not 0 <= start <= stop <= source.n_rows:
             raise ValueError(f"rows {start} to {stop} are not within the {source.n_rows} rows of {source.name}")
         self.source, self.purpose = source, purpose
         self.start, self.stop = start, stop
         self.fraction, self.seed, self.member = fraction, seed, member
+        self._chosen = chosen  # (stop - start,) which rows belong to it; None: the rule of fraction, seed and member
         self.n_blocks = -(-(stop - start) // BLOCK)
         # bounds[b] is the number of rows of the split that lie before block b
         ends = np.minimum(np.arange(self.n_blocks + 1, dtype=np.int64) * BLOCK, stop - start)
-        if fraction is not None:
+        if chosen is not None:
+            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])[ends]
+        elif fraction is not None:
             # whole blocks and remainder apart keeps the products far below 2^63
             whole, rest = ends // fraction.denominator, ends % fraction.denominator
             held = whole * fraction.numerator + rest * fraction.numerator // fraction.denominator
@@ -55,8 +66,10 @@ class Split:
 
     @classmethod
     def contiguous(cls, source: Source, start: int, stop: int, purpose: int) -> Split:
-        """File rows start..stop-1."""
-        return cls(source, start, stop, purpose, None, 0, False)
+        """File rows start..stop-1, less those of weight 0."""
+        weight = None if source.weight is None else source.weight[start:stop]
+        chosen = None if weight is None or weight.all() else weight > 0
+        return cls(source, start, stop, purpose, None, 0, False, chosen)
 
     @classmethod
     def keyed(cls, source: Source, fraction: float | Fraction, seed: int, member: bool, purpose: int) -> Split:
@@ -67,6 +80,43 @@ class Split:
         """
         return cls(source, 0, source.n_rows, purpose, as_fraction(fraction), seed, member)
 
+    @classmethod
+    def weighted(cls, source: Source, fraction: float | Fraction, seed: int, member: bool, purpose: int) -> Split:
+        """Random rows that hold a ``fraction`` of the source's weight (member=True) or all the others (member=False).
+
+        In the order of their Philox keys, as many as ``held_by_weight`` says. Rows of weight 0 are in neither part.
+        """
+        weight, n, share = source.weight, source.n_rows, as_fraction(fraction)
+        if weight is None:
+            raise ValueError(f"{source.name} has no weights")
+        order = np.argsort(random_keys(seed, Purpose.SPLIT, 0, np.arange(n, dtype=np.int64)), kind="stable")
+        held = np.zeros(n, np.bool_)
+        held[order[: held_by_weight(weight[order], share)]] = True
+        return cls(source, 0, n, purpose, share, seed, member, (weight > 0) & (held if member else ~held))
+
+    def rows(self) -> Rows:
+        """(len,) the numbers of all its rows, ascending."""
+        blocks = [self.rows_of_block(block) for block in range(self.n_blocks)]
+        return np.concatenate([np.empty(0, np.int64), *blocks])
+
+    @property
+    def weights(self) -> NDArray[np.float64] | None:
+        """(len,) the rows' weights in order; None where all count alike."""
+        if self.source.weight is None:
+            return None
+        return self.source.weight[self.rows()]
+
+    def head(self, rows: int) -> Split:
+        """The part of it that lies in its first ``rows`` rows of the file, rounded up to whole blocks."""
+        stop = min(self.stop, self.start + -(-rows // BLOCK) * BLOCK)
+        chosen = None if self._chosen is None else self._chosen[: stop - self.start]
+        return Split(self.source, self.start, stop, self.purpose, self.fraction, self.seed, self.member, chosen)
+
+    def seen_as(self, source: Source) -> Split:
+        """The same rows of another source, which shows them differently."""
+        member, chosen = self.member, self._chosen
+        return Split(source, self.start, self.stop, self.purpose, self.fraction, self.seed, member, chosen)
+
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
@@ -74,6 +124,8 @@ class Split:
         """-> (k,) file rows of the block that belong to the split, ascending."""
         first = self.start + block * BLOCK
         rows = np.arange(first, min(first + BLOCK, self.stop), dtype=np.int64)
+        if self._chosen is not None:
+            return rows[self._chosen[rows - self.start]]
         if self.fraction is None:
             return rows
         count = int(self.bounds[block + 1] - self.bounds[block])
@@ -85,6 +137,8 @@ class Split:
     def describe(self) -> dict[str, str | int]:
         """The rule by which the rows were chosen, for the record of a run."""
         record: dict[str, str | int] = {"source": self.source.name, "rows": len(self), "block": BLOCK}
+        if self._chosen is not None:
+            record["weighted"] = 1
         if self.fraction is None:
             return record | {"rule": "range", "start": self.start, "stop": self.stop}
         part = "held-out" if self.member else "rest"
@@ -104,7 +158,7 @@ class Split:
         total = front + int((self.bounds[blocks + 1] - self.bounds[blocks]).sum())
         breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
         runs = [run for run in np.split(np.asarray(blocks), breaks) if len(run)]
-        if self.fraction is None and len(runs) == 1 and front == 0:
+        if self.fraction is None and self._chosen is None and len(runs) == 1 and front == 0:
             first, last = self._file_range(runs[0])
             return self.source.read(first, last), np.arange(first, last, dtype=np.int64)
         data = np.empty((total, self.source.n_features), self.source.dtype)
@@ -145,6 +199,16 @@ class Split:
 
     def _file_range(self, run: Rows) -> tuple[int, int]:
         return self.start + int(run[0]) * BLOCK, min(self.start + (int(run[-1]) + 1) * BLOCK, self.stop)
+
+
+def held_by_weight(weight: NDArray[np.float64], fraction: Fraction) -> int:
+    """How many of the first rows of weight : (n,) come nearest to a fraction of its sum."""
+    if not fraction:
+        return 0
+    sums = np.cumsum(weight)
+    # A row is taken if its middle lies within the share. Sums of scaled weights differ by rounding, and ties must not.
+    share = float(fraction) * float(sums[-1]) * (1 + 1e-9)
+    return int(np.searchsorted(sums - weight / 2, share, side="right"))
 
 
 def as_fraction(fraction: float | Fraction) -> Fraction:

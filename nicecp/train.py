@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nicecp.errors import TrainingError
 from nicecp.evaluate import READ_ROWS, Evaluator, check_fits, log_det
+from nicecp.extras import Extras
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
@@ -146,6 +147,7 @@ class Trainer:
         self._optimizer = OPTIMIZERS[config.optimizer.kind]
         self.workspace = network.workspace(len(own), keep=True, activations=config.activations)
         self._loader = Loader(flow, len(own))
+        self._extras = Extras(flow, train.source)
         self._evaluator = None
         if valid is not None and len(valid):
             self._evaluator = Evaluator(flow, valid, communicator=communicator, read_rows=config.read_rows)
@@ -168,6 +170,7 @@ class Trainer:
         """The rows of the batch that the state's CURSOR names into the workspace."""
         ws, purpose = self.workspace, Purpose.TRAIN_NOISE
         self._loader.load(ws, self._data, self._index, self._rows, self.state, self.config.seed, purpose)
+        self._extras.load(ws, self._rows, self.state)
 
     def update(self, part: Range) -> None:
         """The parameters of a range from their gradients."""

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from nicecp import outcome as outcome_module
 from nicecp import run as run_module
 from nicecp.checkpoint import load_run
 from nicecp.cli.main import main
@@ -126,7 +127,7 @@ def test_a_signal_during_the_last_evaluation(
     def evaluate(*_: object) -> None:
         raise stop
 
-    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    monkeypatch.setattr(outcome_module, "evaluate", evaluate)
     assert main(TRAIN) == code
     err = capsys.readouterr().err
     assert err.count("\n") == 1

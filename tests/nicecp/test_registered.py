@@ -266,3 +266,30 @@ def test_odd_files_are_refused(change: Any, says: str) -> None:
     change(tree)
     with pytest.raises(CheckpointError, match=re.escape(says)):
         model_from_tree(tree, "x.h5")
+
+
+def test_no_compiled_function_of_python_code() -> None:
+    flow = make("shift", "mlp")
+    with pytest.raises(ValueError, match="'shift' are written in Python and have no compiled form"):
+        flow.njit_log_prob()
+    x = rows(1)
+    assert flow.log_prob(x[0]) == pytest.approx(flow.log_prob(rows(3))[0], rel=1e-12)
+
+
+@EACH
+def test_a_context_goes_to_registered_networks_too(law: Any, network: str) -> None:
+    """Trained with it, the density depends on it, and its gradients are right."""
+    flow = make(law, network, n_context=2)
+    x, context = rows(6), rows(6, 2, 9)
+    width = flow.spec.layer_sizes(0)[0]
+    assert width == 3 + 2
+    if network == "constant":
+        return
+    assert not np.allclose(flow.log_prob(x, context), flow.log_prob(x, context + 1))
+    h = flow.forward(x, context)[0]
+    np.testing.assert_allclose(flow.inverse(h, context)[0], x, atol=1e-10)
+    slope = np.empty_like(x)
+    for column in range(5):
+        step = 1e-5 * (np.arange(5) == column)
+        slope[:, column] = (flow.log_prob(x + step, context) - flow.log_prob(x - step, context)) / 2e-5
+    np.testing.assert_allclose(flow.grad_log_prob(x, context), slope, atol=1e-7)

@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "n_features negative": (attr("/model", "n_features", -5), "outside 2.."),
     "n_features of another flow": (attr("/model", "n_features", 6), "should have shape"),
     "n_features huge": (attr("/model", "n_features", 2**64 - 1), "outside 2.."),
-    "n_context": (attr("/model", "n_context", 1), "n_context must be 0"),
+    "n_context": (attr("/model", "n_context", 1), "layers/0/weight: should have shape (4, 4), has (3, 4)"),
     "n_couplings 0": (attr("/model", "n_couplings", 0), "outside 1.."),
     "n_couplings too small": (attr("/model", "n_couplings", 3), "n_couplings = 3"),
     "n_couplings too large": (attr("/model", "n_couplings", 5), "n_couplings = 5"),

@@ -1,0 +1,171 @@
+"""A flow as a scikit-learn density estimator: ``nicecp.NICEDensity``, with the extra ``sklearn``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nicecp.errors import MissingExtra
+from nicecp.fitting import fit
+from nicecp.flow import NICE
+from nicecp.optimizers import AdaM
+from nicecp.sources import ArraySource
+from nicecp.split import as_fraction
+
+try:
+    from sklearn.base import BaseEstimator, DensityMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError:
+    remedy = "which is not installed, or older than 1.6; pip install 'nicecp[sklearn]'"
+    raise MissingExtra(f"NICEDensity needs scikit-learn, {remedy}") from None
+
+if TYPE_CHECKING:
+    from numpy.random import RandomState
+
+    Seed = int | RandomState | None
+
+FloatArray = NDArray[np.float64]
+LAST_RATE = 0.01  # of the learning rate, when all epochs are over
+
+
+class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """A normalizing flow of NICE couplings as a density of rows of numbers.
+
+    Parameters
+    ----------
+    hidden : sequence of int
+        Hidden layer sizes of every coupling's network.
+    n_couplings : int
+        Coupling layers; at least 3 for every column to influence every other.
+    coupling : "affine", "additive" or "multiplicative", or several of these that take turns
+        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian.
+    prior : "gaussian" or "logistic"
+        Of the latent components.
+    epochs : int
+        Passes over the training rows, at most.
+    batch_size : int
+        Rows of a training step.
+    learning_rate : float
+        At the beginning; it falls exponentially, to a hundredth after all epochs.
+    patience : int or None
+        Epochs without a better validation log-likelihood before training stops; None never stops.
+    valid_fraction : float
+        Of the rows, chosen at random, on which training is validated; the flow keeps its best epoch. 0 for none: it
+        keeps the last one.
+    whiten : "gaussian", "zca" or "none"
+        What stands between the data and the flow: the Gaussian of greatest likelihood of the training rows, which the
+        flow then improves on, or only columns that are standardised.
+    regularization : float
+        Added to the variances of the standardised columns for the whitening, which tames directions in which the rows
+        do not vary.
+    allow_constant : bool
+        Whether columns that hold one value may be fitted: their likelihood has no bound.
+    threads : int or None
+        CPU threads; more than one helps large networks. None: as many as NumPy's linear algebra uses.
+    random_state : int, RandomState or None
+        Of initial weights, validation rows and the order of rows. An int makes fits repeatable, bit for bit.
+
+    Attributes
+    ----------
+    flow_ : nicecp.NICE
+        The flow with the best validation log-likelihood: gradients, inverse, ``save`` and all else.
+    record_ : nicecp.records.RunRecord
+        The history of the fit.
+    n_features_in_ : int
+    feature_names_in_ : (n_features_in_,) of str
+        Only where X had names in ``fit``.
+
+    All log-densities are in nats, in the units of X. Integers of any size are numbers like
+    all others here (nicecp.fit takes 8-bit ones for pixels).
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (64, 64),
+        n_couplings: int = 4,
+        *,
+        coupling: str | Sequence[str] = "affine",
+        prior: str = "gaussian",
+        epochs: int = 300,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        patience: int | None = 30,
+        valid_fraction: float = 0.1,
+        whiten: str = "gaussian",
+        regularization: float = 1e-3,
+        allow_constant: bool = False,
+        threads: int | None = 1,
+        random_state: Seed = None,
+    ) -> None:
+        self.hidden = hidden
+        self.n_couplings = n_couplings
+        self.coupling = coupling
+        self.prior = prior
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.patience = patience
+        self.valid_fraction = valid_fraction
+        self.whiten = whiten
+        self.regularization = regularization
+        self.allow_constant = allow_constant
+        self.threads = threads
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: object = None) -> NICEDensity:
+        """Fit a fresh flow to rows X : (n, d), n and d at least 2; y is ignored.
+
+        Raises ValueError (NaN, infinity, one column, constant columns, a parameter out of bounds) and TypeError.
+        """
+        rows = validate_data(
+            self, X, dtype=(np.float64, np.float32), order="C", ensure_min_samples=2, ensure_min_features=2
+        )
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        flow = NICE(
+            rows.shape[1], self.hidden, self.n_couplings, self.prior, "auto", seed,
+            coupling=self.coupling, init="he", threads=self.threads,
+        )  # fmt: skip
+        source: Any = ArraySource(rows, "X", columns=getattr(self, "feature_names_in_", None))
+        self.record_ = fit(
+            flow,
+            source,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=self._optimizer(len(rows)),
+            patience=self.patience,
+            valid_fraction=self.valid_fraction,
+            seed=seed,
+            allow_constant=self.allow_constant,
+            whiten=self.whiten,
+            regularization=0.0 if self.whiten == "none" else self.regularization,
+        )
+        self.flow_ = flow
+        return self
+
+    def _optimizer(self, n: int) -> AdaM:
+        """AdaM whose rate falls to LAST_RATE of what it was over the steps that there will be."""
+        held = as_fraction(self.valid_fraction)
+        rows = n - n * held.numerator // held.denominator
+        steps = max(1, self.epochs * (rows // max(1, min(self.batch_size, rows))))
+        return AdaM(self.learning_rate, rate_decay=LAST_RATE ** (-1.0 / steps))
+
+    def score_samples(self, X: ArrayLike) -> FloatArray:
+        """Log-density of rows X : (n, d) -> (n,) float64, nats."""
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        values: FloatArray = self.flow_.log_prob(rows)
+        return values
+
+    def score(self, X: ArrayLike, y: object = None) -> float:
+        """Mean log-density of rows X : (n, d), nats per row; y is ignored."""
+        return float(np.mean(self.score_samples(X)))
+
+    def sample(self, n_samples: int = 1, random_state: Seed = None) -> FloatArray:
+        """Draw rows from the fitted density -> (n_samples, d) float64."""
+        check_is_fitted(self)
+        drawn: FloatArray = self.flow_.sample(n_samples, int(check_random_state(random_state).randint(2**31 - 1)))
+        return drawn
