@@ -54,6 +54,7 @@ def profile_step(trainer: Trainer, seconds: float = 1.0) -> list[Part]:
     found, everything = [], tuple(code for codes in PARTS.values() for code in codes)
     with backend.computing(), np.errstate(over="ignore", invalid="ignore"):
         trainer.step()
+        trainer.reader.close()  # its buffers stay
         whole = backend.write_down(trainer._step)
         for name, codes in [*PARTS.items(), (ALL, everything)]:
             rows = [row for row in whole.rows if row[Field.OP] in codes]

@@ -22,9 +22,11 @@ from nicecp.kernels.backend import Purpose, Slot
 from nicecp.optimizers import AdaM, RMSProp
 from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Layout, Range
+from nicecp.plan import time_steps
 from nicecp.preprocessing import Dequantize
 from nicecp.run import Run
 from nicecp.samples import draw
+from nicecp.score_file import row_scores
 from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import Callback, TrainConfig, Trainer
@@ -342,3 +344,27 @@ def test_processes_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, foun
         parallel.world()
     monkeypatch.delenv("PMI_SIZE")
     assert parallel.world() is ALONE
+
+
+def test_a_plan_makes_the_same_steps_on_all_ranks() -> None:
+    def steps(rank: Member) -> int:
+        trainer = trainer_of(rank)
+        time_steps(trainer, seconds=0.05 * rank.rank)
+        return int(trainer.state[Slot.STEP])
+
+    assert together(3, steps) == [4, 4, 4]
+
+
+def test_ranks_score_in_rounds() -> None:
+    """In blocks of which there are not as many as a multiple of the ranks."""
+    flow = trainer_of(ALONE).flow
+    source, step = ArraySource(TABLE[:, :5]), 130
+
+    def blocks(communicator: Communicator) -> list[tuple[int, Any]]:
+        return list(row_scores(flow, source, 0, communicator=communicator, step=step))
+
+    one = np.concatenate([values for _, values in blocks(ALONE)])
+    first, *others = together(4, blocks)
+    assert [start for start, _ in first] == [0, 4 * step]
+    np.testing.assert_array_equal(np.concatenate([values for _, values in first]), one)
+    assert others == [[], [], []]
