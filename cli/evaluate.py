@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, command, data_name, json_option, machine_options, memory_option
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, memory_option
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -21,6 +21,7 @@ EXAMPLES = """\
   nicecp evaluate run.h5 --data other.h5:/measurements --json
   nicecp evaluate run.h5 --data mnist.h5 --compare
   mpirun -n 4 nicecp evaluate run.h5 --data big.h5
+  nicecp evaluate run.h5 --data other.h5 --context other.h5:/ctx
 """
 
 
@@ -44,6 +45,7 @@ EXAMPLES = """\
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
 @memory_option
+@beside_options("where the run had it; none: without")
 @machine_options
 @json_option
 def evaluate(
@@ -53,6 +55,8 @@ def evaluate(
     seed: int | None,
     comparing: bool,
     memory_limit: int | None,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -62,17 +66,19 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    from nicecp.beside import DataSpec
     from nicecp.cli.ranks import join
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.scoring import score
 
     ranks = join()
-    result = score(checkpoint, data, split, seed, device, threads, ranks, memory_limit)
+    spec = data if context is None and weights is None else DataSpec(data, context, weights)
+    result = score(checkpoint, spec, split, seed, device, threads, ranks, memory_limit)
     others = []
     if comparing and ranks.rank == 0:
         from nicecp.baselines import compare
 
-        others = compare(checkpoint, data, split, seed, device, threads)
+        others = compare(checkpoint, spec, split, seed, device, threads)
     if as_json:
         values = evaluation_json(result.evaluation)
         about = {"checkpoint": checkpoint, "dataset": result.dataset, "rows_used": result.rows, "seed": result.seed}

@@ -50,6 +50,8 @@ def _checkpoint(found: dict[str, Any]) -> str:
         rows.append(("parts", " | ".join(shown)))
     if model["columns"]:
         rows.append(("columns", ", ".join(model["columns"])))
+    if model["context"]:
+        rows.append(("context", context_text(model["context"])))
     if training is None:
         return table([*rows, ("training", "not recorded")])
     best = training["best_valid_log_likelihood"]
@@ -62,6 +64,9 @@ def _checkpoint(found: dict[str, Any]) -> str:
     )
     if training["config"].get("data"):
         rows.append(("data", str(training["config"]["data"])))
+    for name in ("context", "weights"):
+        if name in training["config"]:
+            rows.append((f"{name} from", str(training["config"][name]) or "an array"))
     rows.append(("seed, threads", f"{training['seed']}, {training['threads']}"))
     rows.append(("versions", ", ".join(f"{name} {text}" for name, text in training["versions"].items())))
     rows += [(f"event, epoch {event['epoch']}", f"{event['kind']}: {event['message']}") for event in training["events"]]
@@ -74,6 +79,15 @@ def _checkpoint(found: dict[str, Any]) -> str:
             for row in training["history"]
         ]
     return "\n".join(lines)
+
+
+def context_text(context: dict[str, Any]) -> str:
+    """'2 numbers: mass (mean 3.1, std 0.5), age (mean 70, std 12)'; of many only the first."""
+    names = context["names"] or [str(number) for number in range(context["n"])]
+    each = zip(names, context["mean"], context["std"], strict=True)
+    shown = [f"{name} (mean {mean:.4g}, std {std:.4g})" for name, mean, std in each]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return f"{plural(context['n'], 'number')}: {', '.join(shown[:8])}{more}"
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, F, command, data_name, json_option, machine_options, value_range
+from nicecp.cli.options import (
+    SEED,
+    F,
+    command,
+    data_name,
+    fixed_context_option,
+    json_option,
+    machine_options,
+    value_range,
+)
 from nicecp.cli.progress import is_terminal
 
 if TYPE_CHECKING:
@@ -72,6 +81,7 @@ def inpainting_options(function: F) -> F:
         click.option(
             "--box", type=value_range, metavar="LO,HI", help="Range of the values, for flows trained on floats."
         ),
+        fixed_context_option,
         click.option("--seed", type=SEED, default=0, show_default=True, help="Of random masks, start and noise."),
     )
     for option in reversed(options):

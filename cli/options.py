@@ -83,6 +83,27 @@ def data_name(text: str) -> str:
     return text
 
 
+def numbers_or_dataset(text: str) -> tuple[float, ...] | str:
+    """'0.5,1' as numbers, or a dataset's name as it stands."""
+    if ":/" in text:
+        return text
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(math.isfinite(value) for value in values):
+        raise click.BadParameter(f"{text!r} is neither numbers such as 0.5,1 nor a dataset FILE.h5:/NAME")
+    return values
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """'0.5,1' as numbers."""
+    values = numbers_or_dataset(text)
+    if isinstance(values, str):
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 0.5,1")
+    return values
+
+
 DEBUG = "Show the traceback of an error, and the library's messages."
 SEED = click.IntRange(0, MAX_SEED)
 
@@ -106,6 +127,37 @@ def memory_option(function: F) -> F:
         metavar="SIZE",
         show_default="none",
         help="Memory that the process may take, such as 4GiB: of larger data fewer rows are in memory at a time.",
+    )(function)
+
+
+def beside_options(default: str) -> Callable[[F], F]:
+    """--context and --weights: what belongs to the rows of --data beside their features."""
+
+    def wrap(function: F) -> F:
+        context = click.option(
+            "--context",
+            type=data_name,
+            metavar="COLUMNS|FILE.h5:/DATASET",
+            show_default=default,
+            help="What each row's density is conditioned on: columns of the data by name or number (a,b), which are "
+            "then no features, or a dataset with as many rows (/NAME: in the data's own file).",
+        )
+        weights = click.option(
+            "--weights",
+            type=data_name,
+            metavar="COLUMN|FILE.h5:/DATASET",
+            show_default=default,
+            help="A weight for each row, at least 0, of any scale: a column or a dataset, as for --context.",
+        )
+        return context(weights(function))
+
+    return wrap
+
+
+def fixed_context_option(function: F) -> F:
+    """--context: one for everything that is drawn."""
+    return click.option(
+        "--context", type=numbers, metavar="NUMBERS", help="For a flow with a context: its numbers, such as 0.5,1."
     )(function)
 
 

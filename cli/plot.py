@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from nicecp.cli.inpaint import bar, inpainting_options, report_text
-from nicecp.cli.options import SEED, F, command, data_name, debug_option, machine_options
+from nicecp.cli.options import SEED, F, command, data_name, debug_option, fixed_context_option, machine_options
 
 GROUP_EXAMPLES = """\b
 Examples:
@@ -73,6 +73,7 @@ def _draw(kind: str, checkpoint: str, out: str, **options: Any) -> None:
 @click.option("-n", "n", type=click.IntRange(min=1), default=100, show_default=True, help="How many samples.")
 @click.option("--columns", type=click.IntRange(min=1), show_default="as square as it goes", help="Images in a row.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Sample i depends on the seed and i alone.")
+@fixed_context_option
 @machine_options
 def samples(checkpoint: str, out: str, **options: Any) -> None:
     """A grid of exact samples of CHECKPOINT's flow (the paper's figure 5)."""
@@ -102,6 +103,7 @@ def spectrum(checkpoint: str, out: str, **options: Any) -> None:
     help="Of the sphere, in units of a typical latent's length.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the rotation.")
+@fixed_context_option
 @machine_options
 def manifold(checkpoint: str, out: str, shape: tuple[int, int], **options: Any) -> None:
     """Images over the two angles of a randomly rotated sphere in latent space (figure 7)."""

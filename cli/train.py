@@ -10,6 +10,7 @@ import click
 from nicecp.cli.console import note
 from nicecp.cli.options import (
     SEED,
+    beside_options,
     command,
     data_name,
     hidden_sizes,
@@ -34,6 +35,8 @@ EXAMPLES = """\
   nicecp train --data table.h5 --transform auto --out table-run.h5
   nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
+  nicecp train --data chain.h5 --weights w --out posterior.h5          (MCMC, nested sampling)
+  nicecp train --data table.h5 --context mass,age --out given.h5       (p(other columns | mass, age))
   mpirun -n 4 nicecp train --data big.h5 --out big-run.h5
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
@@ -188,6 +191,7 @@ def _number_options(function: Any) -> Any:
     "with depth; checked every epoch.",
 )
 @memory_option
+@beside_options("none")
 @machine_options
 @click.option(
     "--checkpoint-every",
@@ -222,6 +226,8 @@ def train(
     range_: tuple[float, float] | None,
     no_standardize: bool,
     allow_constant: bool,
+    context: str | None,
+    weights: str | None,
     device: str,
     threads: int | None,
     checkpoint_every: tuple[float, int | None],
@@ -264,6 +270,7 @@ def train(
     }
     run: Run | None = None
     try:
+        from nicecp.beside import DataSpec
         from nicecp.cli import training
         from nicecp.cli.ranks import join
         from nicecp.partition import order_from_file
@@ -272,10 +279,11 @@ def train(
         settings["communicator"] = join()
         if partition_file is not None:
             settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
+        spec: Any = data if context is None and weights is None else DataSpec(data, context, weights)
         if resume is not None:
-            run = Run.resume(resume, data=data, allow_changed_data=allow_changed_data, **settings)
+            run = Run.resume(resume, data=spec, allow_changed_data=allow_changed_data, **settings)
         else:
-            run = Run.start(data, None if dry_run or profile else out or "run.h5", overwrite=overwrite, **settings)
+            run = Run.start(spec, None if dry_run or profile else out or "run.h5", overwrite=overwrite, **settings)
         with run:
             if dry_run:
                 training.show_plan(run, as_json)

@@ -9,6 +9,7 @@ import signal
 from dataclasses import asdict
 from typing import Any
 
+from nicecp.beside import plain_data
 from nicecp.cli.console import Output, clock, note, plural, table
 from nicecp.cli.progress import Display
 from nicecp.describe import model_line, plain, source_line, splits_line
@@ -88,6 +89,8 @@ def start_json(run: Run) -> dict[str, Any]:
     return {
         "event": "start",
         "data": run.trainer.record.config["data"],
+        "context": run.trainer.record.config.get("context"),
+        "weights": run.trainer.record.config.get("weights"),
         "rows": run.trainer.record.config["rows"],
         "model": model_line(run.flow.spec),
         "n_parameters": run.flow.n_parameters,
@@ -127,11 +130,13 @@ def ending(run: Run, outcome: Outcome) -> str:
     rows.append(("files", f"{run.out} (the best model), {run.state} (to go on)"))
     out = shlex.quote(str(run.out))
     picture = run.flow.info.image_shape is not None
-    named = run.trainer.record.config.get("data") or "DATA.h5"
-    sample = f"nicecp sample {out} -n 100 --out samples.{'png' if picture else 'h5'}"
+    named, data = run.trainer.record.config.get("data") or "DATA.h5", plain_data(run.data)
+    context = run.flow.context
+    given = "" if context is None else " --context " + ",".join(f"{value:.4g}" for value in context.mean)
+    sample = f"nicecp sample {out} -n 100{given} --out samples.{'png' if picture else 'h5'}"
     commands = [
         sample,
-        f"nicecp evaluate {out} --data {shlex.quote(str(run.data) if isinstance(run.data, str) else named)}",
+        f"nicecp evaluate {out} --data {shlex.quote(data if isinstance(data, str) else named)}",
         f"nicecp train --resume {out} " + _further(run),
     ]
     return table(rows) + "\nnext:\n" + "\n".join("  " + line for line in commands)
@@ -141,9 +146,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """'1980.50 +- 0.31 nats per row, 4.36 bits/dim (10,000 rows)'."""
     error = "" if not math.isfinite(evaluation.standard_error) else f" +- {evaluation.standard_error:.2g}"
     bits = "" if evaluation.bits_per_dim is None else f", {evaluation.bits_per_dim:.4g} bits/dim"
+    effective = evaluation.effective_rows
+    worth = "" if effective is None else f", weighted, worth {effective:,.1f}"
     size = abs(evaluation.mean)
     mean = format(evaluation.mean, ".4f" if size < 100 else ".2f" if size < 1e9 else ".6g")
-    return f"{mean}{error} nats per row{bits} ({plural(evaluation.rows, 'row')})"
+    return f"{mean}{error} nats per row{bits} ({plural(evaluation.rows, 'row')}{worth})"
 
 
 def evaluation_json(evaluation: Evaluation | None) -> dict[str, Any] | None:

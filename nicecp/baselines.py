@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import has_weights
 from nicecp.checkpoint import load_run
 from nicecp.data import open_source, open_splits
-from nicecp.errors import DataError, about_file
+from nicecp.errors import CheckpointError, DataError, about_file
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose, Slot
@@ -25,7 +26,7 @@ from nicecp.machine import open_backend
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.preset_table import PRESETS
 from nicecp.records import RunRecord
-from nicecp.scoring import choose_rows, recorded_settings
+from nicecp.scoring import as_recorded, choose_rows, recorded_settings
 from nicecp.spec import ModelSpec, alternating
 from nicecp.split import SequentialReader, Split
 from nicecp.whitening import fit_gaussian
@@ -82,6 +83,10 @@ def compare(
     Raises as score; DataError also where the training rows are not in the data.
     """
     flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    data = as_recorded(data, record)
+    if flow.context is not None or has_weights(data):
+        what = "that are conditioned on a context" if flow.context is not None else "on weighted rows"
+        raise CheckpointError(about_file(checkpoint, f"there are no baselines for flows {what}", "leave --compare out"))
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, data, part)
     try:

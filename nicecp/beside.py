@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class DataSpec:
     context, weights : None, an array (n, k) or (n,), or text
         'a,b' or '0,3': columns of the data by name or number, which are then no features; 'FILE.h5:/NAME', or '/NAME'
         in the data's own file: a dataset with as many rows. That belongs to the training rows; of the file's ``valid``
-        and ``test`` datasets it is '/NAME_valid' and '/NAME_test'.
+        and ``test`` datasets it is '/NAME_valid' and '/NAME_test'. 'none' is None where a run's record says otherwise.
     """
 
     data: Any
@@ -46,9 +46,52 @@ class DataSpec:
     weights: Any = None
 
 
+NONE = "none"  # as text: no context or weights, though a run had them
+RECORDED = ("context", "weights")  # names in a run's record (its config), beside "data"
+
+
 def plain_data(spec: Any) -> Any:
     """The data alone of a DataSpec, or of what is none."""
     return spec.data if isinstance(spec, DataSpec) else spec
+
+
+def to_record(spec: Any) -> dict[str, str]:
+    """What a run's record says of context and weights: as text, '' for an array, and nothing where there are none.
+
+    A dataset in the data's own file is '/NAME', so that it is found when the file has been moved.
+    """
+    from nicecp.datasets import split_spec
+
+    record: dict[str, str] = {}
+    for name in RECORDED if isinstance(spec, DataSpec) else ():
+        given = getattr(spec, name)
+        if given is None:
+            continue
+        record[name] = given if isinstance(given, str) else ""
+        if isinstance(given, str) and is_dataset(given) and ":/" in given:
+            path, dataset = split_spec(given)
+            data = split_spec(spec.data)[0] if isinstance(spec.data, (str, os.PathLike)) else ""
+            own = os.path.abspath(path) == os.path.abspath(data) if data else False
+            record[name] = str(dataset) if own else f"{os.path.abspath(path)}:{dataset or ''}"
+    return record
+
+
+def from_record(spec: Any, config: Mapping[str, Any]) -> Any:
+    """Data with the context and weights that a run's record says it had, where the data do not say it themselves.
+
+    Raises DataError where the run was given an array.
+    """
+    whole = spec if isinstance(spec, DataSpec) else DataSpec(spec)
+    found: dict[str, Any] = {}
+    for name in RECORDED:
+        given, recorded = getattr(whole, name), config.get(name)
+        if given is None and recorded == "":
+            problem = f"the run was given its {name} as an array, which is not recorded"
+            raise DataError(about_file(name, problem, f"pass them anew (--{name}, DataSpec), or 'none'"))
+        found[name] = given if given is not None else recorded if isinstance(recorded, str) else None
+    if isinstance(spec, DataSpec) or any(found.values()):
+        return DataSpec(whole.data, **found)
+    return spec
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -103,6 +146,17 @@ def relative_weights(values: ArrayLike, n_rows: int, name: str, rows_of: str = "
     weight /= largest  # their sum could overflow
     weight /= weight[weight > 0].mean()
     return weight
+
+
+def has_weights(spec: Any) -> bool:
+    """Whether data are given with weights."""
+    weights = spec.weights if isinstance(spec, DataSpec) else None
+    return weights is not None and not (isinstance(weights, str) and weights == NONE)
+
+
+def n_context_of(source: Source) -> int:
+    """Length of the context of a source's rows, 0 without one."""
+    return 0 if source.context is None else source.context.shape[1]
 
 
 def effective_rows(weight: Floats) -> float:
@@ -197,10 +251,13 @@ def beside(source: Source, spec: Any) -> Source:
 
     Raises DataError; the source is then closed.
     """
-    if not isinstance(spec, DataSpec) or (spec.context is None and spec.weights is None):
+    if not isinstance(spec, DataSpec):
+        return source
+    context, weights = (None if isinstance(x, str) and x == NONE else x for x in (spec.context, spec.weights))
+    if context is None and weights is None:
         return source
     try:
-        return _attached(source, spec)
+        return _attached(source, DataSpec(spec.data, context, weights))
     except BaseException:
         source.close()
         raise
@@ -300,3 +357,15 @@ def _read_dataset(text: str, data: Any, source: Source) -> tuple[NDArray[Any], t
             remedy = f"store what belongs to these as {dataset + '_' + role!r}"
             raise DataError(about_file(found.name, problem, remedy))
         return found.read(0, found.n_rows), found.info.columns, found.name
+
+
+def read_context(text: str) -> Floats:
+    """The rows of a dataset 'FILE.h5:/NAME' as a context : (n, k) float64. Raises DataError."""
+    from nicecp.datasets import split_spec
+    from nicecp.hdf5_data import HDF5Source
+
+    path, dataset = split_spec(text)
+    if dataset is None:
+        raise DataError(about_file(text, "no dataset of a file is named", "write FILE.h5:/NAME"))
+    with HDF5Source(path, dataset, beside=True) as found:
+        return found.read(0, found.n_rows).astype(np.float64, copy=False)

@@ -80,7 +80,7 @@ def context_of(given: ArrayLike | None, known: Context | None) -> Floats | None:
         return None
     k, wanted = len(known), f"context of shape ({len(known)},) or (..., {len(known)})"
     if given is None:
-        raise ValueError(f"this flow is conditioned on {known.describe()}: pass a {wanted}")
+        raise ValueError(f"this flow is conditioned on {known.describe()}: pass a {wanted} (--context)")
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError("expected a plain array as context, got a masked one: fill or drop the masked values first")
     array = np.asarray(given)

@@ -11,6 +11,7 @@ from typing import Any
 from nicecp.checkpoint import load_run
 from nicecp.data import DEMO, Splits, open_splits, split_spec
 from nicecp.errors import DataError
+from nicecp.extras import weights_line
 from nicecp.flow import NICE
 from nicecp.machine import open_backend
 from nicecp.registry import MLP
@@ -34,9 +35,10 @@ def model_line(spec: ModelSpec) -> str:
     each = ", ".join(f"{law} with {network}hidden {sizes_text(hidden)}" for law, network, hidden in sorted(shapes))
     if spec.partition != "odd-even":
         each += f", parts by {spec.partition}"
+    given = f" given {spec.n_context}" if spec.n_context else ""
     return (
-        f"{spec.n_features} features, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, {spec.dtype}, "
-        f"{spec.n_parameters:,} parameters"
+        f"{spec.n_features} features{given}, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, "
+        f"{spec.dtype}, {spec.n_parameters:,} parameters"
     )
 
 
@@ -58,9 +60,11 @@ def splits_line(splits: Splits) -> str:
         parts.append(f"{len(valid):,} to validate on ({_dataset(valid.source)})")
     else:
         rule = "the last ones" if valid.fraction is None else f"drawn by seed {valid.seed}"
+        rule += ", by weight" * (train.source.weight is not None)
         parts.append(f"{len(valid):,} to validate on ({rule})")
     parts.append("none to test on" if test is None else f"{len(test):,} to test on ({_dataset(test.source)})")
-    return ", ".join(parts)
+    weighted = weights_line(train)
+    return ", ".join(parts) + ("" if not weighted else f"; {weighted} to train on")
 
 
 def _dataset(source: Source) -> str:
@@ -120,9 +124,18 @@ def _model(flow: NICE) -> dict[str, Any]:
         "preprocessing": [{"kind": step.kind, **step.attrs()} for step in flow.preprocessing],
         "image_shape": None if info.image_shape is None else list(info.image_shape),
         "columns": None if info.columns is None else list(info.columns),
+        "context": _context(flow),
         "units": None if info.units is None else list(info.units),
         "fingerprint": info.fingerprint,
     }
+
+
+def _context(flow: NICE) -> dict[str, Any] | None:
+    context = flow.context
+    if context is None:
+        return None
+    names = None if context.names is None else list(context.names)
+    return {"n": len(context), "names": names, "mean": context.mean.tolist(), "std": context.std.tolist()}
 
 
 def describe_data(spec: str) -> dict[str, Any]:

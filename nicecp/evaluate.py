@@ -61,7 +61,13 @@ def check_width(flow: NICE, split: Split) -> None:
 
 
 def check_fits(flow: NICE, split: Split) -> None:
-    """DataError unless the split holds rows that this flow can score."""
+    """DataError unless the split holds rows that this flow can score, with the context that it is conditioned on."""
+    check_kind(flow, split)
+    check_context(flow, split.source)
+
+
+def check_kind(flow: NICE, split: Split) -> None:
+    """DataError unless the split's rows are of the flow's width and, as its own data, 8-bit or not."""
     check_width(flow, split)
     source = split.source
     wants_bytes = any(isinstance(step, Dequantize) for step in flow.preprocessing)
@@ -70,7 +76,6 @@ def check_fits(flow: NICE, split: Split) -> None:
         raise DataError(
             about_file(source.name, f"{has} data, but the flow was trained on {wants} data", "convert the data")
         )
-    check_context(flow, source)
 
 
 class PresentedRows:

@@ -110,4 +110,4 @@ def weights_line(split: Split) -> str:
     weights: NDArray[np.float64] | None = split.weights
     if weights is None:
         return ""
-    return f"weighted: effective sample size {effective_rows(weights):,.1f} of {len(split):,} rows"
+    return f"weights with an effective sample size (Kish) of {effective_rows(weights):,.1f}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nicecp.context import context_of
 from nicecp.errors import TrainingError
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
@@ -64,6 +65,7 @@ def inpaint(
     box: tuple[float, float] | None = None,
     variant: str = "text",
     gradient_scale: float | None = None,
+    context: ArrayLike | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Inpainted:
     """Fill in hidden values by noisy gradient ascent from uniform noise, all rows and chains in one batch.
@@ -82,6 +84,7 @@ def inpaint(
     gradient_scale : in place of the variant's scale
         A good model's gradient is so large that with scale 1 values jump between the box's faces until alpha_i has
         become small, after some 10^5 iterations. The text's projection with the script's 0.01 gets there in 10^3.
+    context : (k,), for a flow with a context: the same for all rows
     seed : int
         Row i of chain c has noise of its own, keyed by (seed, iteration, c, i) alone.
     progress : called with the number of iterations done after each one.
@@ -119,16 +122,19 @@ def inpaint(
         raise ValueError("hidden is False everywhere: nothing to fill in")
     _check_inside(rows, free, low, high)
 
+    context = context_of(context, flow.context)
+    if context is not None and context.ndim > 1:
+        raise ValueError(f"inpainting takes one context for all rows, expected shape ({flow.n_context},)")
     n, d = rows.shape
     free = np.tile(free, (chains, 1))
     state = np.tile(rows, (chains, 1))
     noise = _Noise(flow, seed, chains, n)
     np.copyto(state, low + (high - low) * noise.uniform(0), where=free)
     start = state.copy()
-    before = flow.log_prob(state)
+    before = flow.log_prob(state, context)
     for i in range(iterations):
         at = state if variant == "text" else state + (high - low) / 256 * (noise.uniform(i + 1) - 0.5)
-        step = _gradient(flow, at, i)
+        step = _gradient(flow, at, context, i)
         step *= scale
         step += noise.normal(i + 1)
         step *= step_size(i)
@@ -137,16 +143,16 @@ def inpaint(
             np.clip(state, low, high, out=state)
         if progress is not None:
             progress(i + 1)
-    after = flow.log_prob(state)
+    after = flow.log_prob(state, context)
     return Inpainted(
         start.reshape(chains, n, d), state.reshape(chains, n, d), before.reshape(chains, n), after.reshape(chains, n)
     )
 
 
-def _gradient(flow: NICE, x: FloatArray, iteration: int) -> FloatArray:
+def _gradient(flow: NICE, x: FloatArray, context: FloatArray | None, iteration: int) -> FloatArray:
     """d log p / dx; TrainingError where x has left the range of the flow's numbers."""
     try:
-        gradient = flow.grad_log_prob(x)
+        gradient = flow.grad_log_prob(x, context)
     except FloatingPointError:
         gradient = np.full_like(x, np.nan)
     if not np.isfinite(gradient).all():

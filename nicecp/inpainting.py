@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from nicecp.beside import from_record
 from nicecp.checkpoint import load_run
 from nicecp.data import column_stats, open_source, open_splits
 from nicecp.errors import DataError, OutputError, about_file
-from nicecp.evaluate import check_fits, check_width
+from nicecp.evaluate import check_kind, check_width
 from nicecp.files import write_bytes
 from nicecp.flow import NICE
 from nicecp.images import encode_png, grid
@@ -98,6 +99,7 @@ def inpaint_images(
     box: tuple[float, float] | None = None,
     variant: str = "text",
     gradient_scale: float | None = None,
+    context: ArrayLike | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -111,6 +113,7 @@ def inpaint_images(
         as values in data space.
     mask : one of nicecp.masks.MASKS, "all" of them, or a file (nicecp.masks.mask_from_file)
     first : number of the first image
+    context : (k,), for a flow with a context: the same for all images
 
     Raises
     ------
@@ -139,6 +142,7 @@ def inpaint_images(
         box=box,
         variant=variant,
         gradient_scale=gradient_scale,
+        context=context,
         progress=progress,
     )
 
@@ -160,7 +164,7 @@ def inpaint_images(
         result=by_mask(painted.result),
         log_prob_before=by_mask(painted.log_prob_before),
         log_prob_after=by_mask(painted.log_prob_after),
-        log_prob_original=np.asarray(flow.log_prob(original)),
+        log_prob_original=np.asarray(flow.log_prob(original, context)),
         fill=_training_mean(flow, record, data),
     )
 
@@ -173,7 +177,7 @@ def _images(flow: NICE, data: Any, n: int, first: int, box: tuple[float, float] 
         split = Split.contiguous(source, 0, source.n_rows, Purpose.TEST_NOISE)
         check_width(flow, split)
         if step is None or source.is_image8:
-            check_fits(flow, split)
+            check_kind(flow, split)
         if n < 1 or first < 0 or first + n > source.n_rows:
             raise ValueError(f"images {first} to {first + n - 1} are not among the {source.n_rows} of {source.name!r}")
         rows = np.asarray(source.read(first, first + n), np.float64)
@@ -196,7 +200,7 @@ def _training_mean(flow: NICE, record: RunRecord | None, data: Any) -> FloatArra
     step = dequantization_of(flow)
     for spec in [data, recorded] if isinstance(recorded, str) and recorded else [data]:
         try:
-            with open_splits(spec) as splits:
+            with open_splits(spec if record is None else from_record(spec, record.config)) as splits:
                 if splits.train.source.fingerprint() != flow.info.fingerprint:
                     continue
                 mean = column_stats(splits.train).mean

@@ -10,7 +10,7 @@ from nicecp.data import Splits
 from nicecp.evaluate import Evaluation, evaluate
 from nicecp.kernels.backend import Slot
 from nicecp.records import RunRecord
-from nicecp.scoring import example_rows, round_trip_error
+from nicecp.scoring import example_context, example_rows, round_trip_error
 from nicecp.train import Trainer
 
 ROUND_TRIP_ROWS = 256
@@ -76,6 +76,7 @@ def outcome_of(trainer: Trainer, splits: Splits, stopped_by: int | None, began: 
     train = evaluate(flow, splits.train, seed, 0, *how)
     valid = None if splits.valid is None else evaluate(flow, splits.valid, seed, record.best_epoch, *how)
     test = None if splits.test is None else evaluate(flow, splits.test, seed, 0, *how)
-    rows = example_rows(flow, splits.valid or splits.train, ROUND_TRIP_ROWS)
-    error = round_trip_error(flow, rows)
+    shown = splits.valid or splits.train
+    rows = example_rows(flow, shown, ROUND_TRIP_ROWS)
+    error = round_trip_error(flow, rows, example_context(shown, ROUND_TRIP_ROWS))
     return Outcome(True, None, record, train, valid, test, error, len(rows), time.monotonic() - began)

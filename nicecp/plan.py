@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from nicecp.beside import n_context_of
 from nicecp.data import Splits
 from nicecp.evaluate import BATCH
 from nicecp.presets import Settings
@@ -86,9 +87,11 @@ def cost_of_run(settings: Settings, splits: Splits) -> Cost:
     if splits.valid is not None:
         rows += min(len(splits.valid), 2**16)
     row_bytes = source.n_features * source.dtype.itemsize
-    spec = settings.model_spec(source.n_features)
+    spec = settings.model_spec(source.n_features, n_context_of(source))
     matrix = settings.whiten != "none" or (settings.logit is not None and not source.is_image8 and settings.standardize)
-    return cost_of(spec, settings.batch_size, rows, row_bytes, matrix, settings.activations)
+    cost = cost_of(spec, settings.batch_size, rows, row_bytes, matrix, settings.activations)
+    kept = 2 * source.n_rows * 8 * (spec.n_context + (source.weight is not None))  # here and on the device
+    return replace(cost, data_bytes=cost.data_bytes + kept)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nicecp.checkpoint import load_run
 from nicecp.errors import CheckpointError, MissingExtra, OutputError, about_file
@@ -82,9 +82,11 @@ def sphere(flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int =
     return points
 
 
-def manifold(flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int = 0) -> FloatArray:
-    """f^-1 of ``sphere`` : (rows, columns, d) in data space. Source: appendix A.1, figure 7."""
-    return flow.inverse(sphere(flow, rows, columns, radius, seed))[0]
+def manifold(
+    flow: NICE, rows: int, columns: int, radius: float = 1.0, seed: int = 0, context: ArrayLike | None = None
+) -> FloatArray:
+    """f^-1 of ``sphere`` : (rows, columns, d) in data space, at one context. Source: appendix A.1, figure 7."""
+    return flow.inverse(sphere(flow, rows, columns, radius, seed), context)[0]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -110,9 +112,12 @@ def picture_figure(picture: NDArray[np.uint8], title: str, x: str = "", y: str =
     return figure
 
 
-def samples_figure(flow: NICE, n: int = 100, seed: int = 0, columns: int | None = None) -> Figure:
+def samples_figure(
+    flow: NICE, n: int = 100, seed: int = 0, columns: int | None = None, context: ArrayLike | None = None
+) -> Figure:
     """A grid of n samples (figure 5). The flow's data must be images."""
-    return picture_figure(grid(as_images(flow, flow.sample(n, seed)), columns), f"{n:,} samples, seed {seed}")
+    drawn = as_images(flow, flow.sample(n, seed, context))
+    return picture_figure(grid(drawn, columns), f"{n:,} samples, seed {seed}")
 
 
 def spectrum_figure(flow: NICE, log: bool = False) -> Figure:
@@ -130,9 +135,16 @@ def spectrum_figure(flow: NICE, log: bool = False) -> Figure:
     return figure
 
 
-def manifold_figure(flow: NICE, rows: int = 12, columns: int = 16, radius: float = 1.0, seed: int = 0) -> Figure:
+def manifold_figure(
+    flow: NICE,
+    rows: int = 12,
+    columns: int = 16,
+    radius: float = 1.0,
+    seed: int = 0,
+    context: ArrayLike | None = None,
+) -> Figure:
     """Images over the two angles of a sphere in latent space (figure 7). The flow's data must be images."""
-    points = manifold(flow, rows, columns, radius, seed)
+    points = manifold(flow, rows, columns, radius, seed, context)
     picture = grid(as_images(flow, points.reshape(-1, flow.n_features)), columns, gap=1)
     title = f"A sphere in latent space, seed {seed}"
     return picture_figure(picture, title, "azimuth, once around", "polar angle, pole to pole")
@@ -221,7 +233,8 @@ def plot(
 ) -> None:
     """Draw one figure of a checkpoint into ``out``.
 
-    kind : "samples" (n, seed, columns), "spectrum" (log), "manifold" (rows, columns, radius, seed) or "curve"
+    kind : "samples" (n, seed, columns, context), "spectrum" (log), "manifold" (rows, columns, radius, seed, context) or
+        "curve"
 
     Raises
     ------

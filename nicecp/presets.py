@@ -58,12 +58,12 @@ class Settings:
     activations: str = "store"
     transform: str = NONE  # of single float columns: nicecp.transform_spec
 
-    def model_spec(self, n_features: int) -> ModelSpec:
+    def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling, self.network)
         partition, order = self.partition, self.order
         if partition == "random":
             partition, order = "permutation", random_order(n_features, self.seed)
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, partition=partition, order=order)
+        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, partition=partition, order=order)
 
     def train_config(self) -> TrainConfig:
         """What the training loop needs of them."""

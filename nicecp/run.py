@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nicecp.beside import from_record, n_context_of, plain_data, to_record
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import READ_ROWS
+from nicecp.extras import fit_context, weights_noted
 from nicecp.fitting import prepared
 from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
@@ -114,25 +116,28 @@ class Run:
         with contextlib.ExitStack() as held:
             first = communicator.from_first
             if out is not None:
-                first(lambda: claim(held, out, files_of(out, keep), overwrite, data))
+                first(lambda: claim(held, out, files_of(out, keep), overwrite, plain_data(data)))
             fraction, seed = given.get("valid_fraction"), given.get("seed")
             fraction = valid_fraction_of(preset) if fraction is None else fraction
             splits = open_splits(data, fraction, 0 if seed is None else seed)
             held.callback(splits.close)
             source, rows = splits.train.source, len(splits.train)
-            settings = resolve(data, source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
+            settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             settings, read_rows = within(memory_limit, settings, splits)
-            spec = settings.model_spec(source.n_features)
+            spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, communicator.threads() if threads is None else threads)
             steps, events = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
-            flow = NICE.from_spec(spec, None, steps, info, settings.seed, init=settings.init, backend=backend)
+            context = fit_context(splits.train)
+            flow = NICE.from_spec(
+                spec, None, steps, info, settings.seed, context=context, init=settings.init, backend=backend
+            )
             path = None if out is None else os.fspath(out)
             run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
-            run.trainer.record.events += events
+            run.trainer.record.events += events + first(lambda: weights_noted(splits.train, spec.n_parameters))
             run._held = held.pop_all()
             return run
 
@@ -217,9 +222,13 @@ class Run:
         as_before = record.versions.get("ranks", "1") == str(communicator.size)
         usual = record.threads if as_before else communicator.threads()
         backend = open_backend(device, usual if threads is None else threads)
-        flow = NICE.from_spec(flow.spec, state.parameters, flow.preprocessing, flow.info, backend=backend)
-        data = record.config.get("data") if data is None else data
-        if not data:
+        flow = NICE.from_spec(
+            flow.spec, state.parameters, flow.preprocessing, flow.info, context=flow.context, backend=backend
+        )
+        if plain_data(data) is None:
+            data = replace(data, data=record.config.get("data")) if data is not None else record.config.get("data")
+        data = from_record(data, record.config)
+        if (isinstance(plain_data(data), str) and not plain_data(data)) or plain_data(data) is None:
             raise CheckpointError(about_file(state_file, "does not say where its data are", "pass --data"))
         splits = open_splits(data, settings.valid_fraction, settings.seed)
         try:
@@ -244,7 +253,7 @@ class Run:
 
     def _config(self) -> dict[str, Any]:
         """What /training/config holds: enough to resume, and to repeat the run by hand."""
-        data = self.data
+        data = plain_data(self.data)
         if not isinstance(data, str) or data == DEMO:
             named = data if data == DEMO else os.path.abspath(data) if isinstance(data, os.PathLike) else ""
         else:
@@ -253,6 +262,7 @@ class Run:
         parts = {"train": self.splits.train, "valid": self.splits.valid, "test": self.splits.test}
         return {
             "data": named,
+            **to_record(self.data),
             "settings": self.settings.to_json(),
             "rows": {name: None if split is None else split.describe() for name, split in parts.items()},
         }

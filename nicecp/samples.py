@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import read_context
 from nicecp.checkpoint import load
+from nicecp.context import context_of, rows_for
 from nicecp.errors import CheckpointError, OutputError, about_file
 from nicecp.files import write_bytes
 from nicecp.flow import CHUNK, NICE
@@ -35,19 +37,24 @@ class Written:
 def write_samples(
     checkpoint: StrPath,
     out: StrPath,
-    n: int = 100,
+    n: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     columns: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    context: Any = None,
     communicator: Communicator = ALONE,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
 
-    out : FILE.h5 with the dataset ``samples`` (n, d) of the flow's dtype in data space, and for 8-bit data ``images``
+    out : FILE.h5 with the dataset ``samples`` (n, d) of the flow's dtype in data space, ``context`` (n, k) float64 if
+        the flow has one, and for 8-bit data ``images``
         uint8 (n, *image_shape); or FILE.png with a grid of the images, ``columns`` in a row.
-    seed : row i depends on the seed and i alone.
+    n : 100 by default, or as many as there are rows of context.
+    seed : row i depends on the seed and i (and its context) alone.
+    context : for a flow with a context: (k,) numbers for all samples, (n, k), or a dataset 'FILE.h5:/NAME' of (n, k),
+        which then is in ``out`` as well
     communicator : of the ranks that share the drawing, all of which make the same call; rank 0 writes
 
     Raises CheckpointError (the checkpoint, a picture of what has no image shape), OutputError, ValueError, MemoryError.
@@ -55,29 +62,37 @@ def write_samples(
     suffix = os.path.splitext(os.fspath(out))[1].lower()
     if suffix not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
-    if n < 1:
+    if n is not None and n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     communicator.from_first(lambda: check_output(out, overwrite, checkpoint))
+    given = read_context(context) if isinstance(context, str) else context
     flow = load(checkpoint, backend=open_backend(device, communicator.threads() if threads is None else threads))
     if suffix == ".png":
         check_drawable(flow, checkpoint)
+    rows = context_of(given, flow.context)
+    if n is None:
+        n = 100 if rows is None or rows.ndim == 1 else len(rows)
     # The prior's draw, the rows, and copies on the way.
     require_memory(5 * 8 * n * flow.n_features, f"drawing {n:,} samples")
-    samples = draw(flow, n, seed, communicator)
+    samples = draw(flow, n, seed, given, communicator)
     if samples is not None:
         if suffix == ".png":
             data = encode_png(grid(as_images(flow, samples), columns))
         else:
-            data = _hdf5(flow, samples, seed, os.path.basename(os.fspath(checkpoint)))
+            data = _hdf5(flow, samples, rows, seed, os.path.basename(os.fspath(checkpoint)))
         write_bytes(out, data, overwrite)
     return Written(n, flow.n_features, seed)
 
 
-def draw(flow: NICE, n: int, seed: int, communicator: Communicator = ALONE) -> NDArray[np.float64] | None:
-    """flow.sample(n, seed), the same bits, with the rows shared by ranks; None but on rank 0."""
+def draw(
+    flow: NICE, n: int, seed: int, context: Any = None, communicator: Communicator = ALONE
+) -> NDArray[np.float64] | None:
+    """flow.sample(n, seed, context), the same bits, with the rows shared by ranks; None but on rank 0."""
     chunks, rank, size = -(-n // CHUNK), communicator.rank, communicator.size
     first, last = (min(chunks * (rank + i) // size * CHUNK, n) for i in (0, 1))
-    return communicator.gather(flow.sample(last - first, seed, first))
+    rows = rows_for(n, context_of(context, flow.context))
+    own = rows if rows is None or len(rows) == 1 else rows[first:last]
+    return communicator.gather(flow.sample(last - first, seed, own, first=first))
 
 
 def dequantization_of(flow: NICE) -> Dequantize | None:
@@ -110,7 +125,9 @@ def as_images(flow: NICE, samples: NDArray[np.float64]) -> NDArray[np.uint8]:
     return pixels.reshape(-1, *(shape[:2] if shape[2:] == (1,) else shape))
 
 
-def _hdf5(flow: NICE, samples: NDArray[np.float64], seed: int, checkpoint: str) -> bytes:
+def _hdf5(
+    flow: NICE, samples: NDArray[np.float64], context: NDArray[np.float64] | None, seed: int, checkpoint: str
+) -> bytes:
     """The image of an HDF5 file."""
     import h5py
 
@@ -126,6 +143,11 @@ def _hdf5(flow: NICE, samples: NDArray[np.float64], seed: int, checkpoint: str) 
             attrs["image_shape"] = np.array(info.image_shape, np.int64)
         for name, value in attrs.items():
             dataset.attrs[name] = value
+        if context is not None and flow.context is not None:
+            given = np.broadcast_to(context, (len(samples), len(flow.context)))
+            beside = file.create_dataset("context", data=given, track_times=False)
+            if flow.context.names is not None:
+                beside.attrs["columns"] = np.array([_text(name) for name in flow.context.names])
         step = dequantization_of(flow)
         if step is not None:
             dataset.attrs["range"] = np.array([step.low, step.high])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nicecp.beside import from_record, plain_data
 from nicecp.checkpoint import load_run
 from nicecp.columns import check_representable
 from nicecp.data import DEMO, TEST_NAMES, Source, Splits, candidates, open_source, open_splits, split_spec
@@ -64,6 +65,7 @@ def score(
     Parameters
     ----------
     data : as nicecp.data.open_source
+        Context and weights come from where the run had them, unless a DataSpec says otherwise.
     part : "auto", "train", "valid" or "test"
         train and valid are the run's own rows where the data are those that the run was trained on, else the dataset of
         that name. auto: the dataset that ``data`` names, else the test dataset, else the run's own validation rows,
@@ -84,7 +86,7 @@ def score(
         checkpoint, backend=open_backend(device, communicator.threads() if threads is None else threads)
     )
     seed = seed if seed is not None else record.seed if record is not None else 0
-    split = choose_rows(flow, record, data, part)
+    split = choose_rows(flow, record, as_recorded(data, record), part)
     try:
         # As the run did it: each epoch's validation has noise of its own, and the best epoch's numbers were reported.
         epoch = record.best_epoch if record is not None and split.purpose == Purpose.VALID_NOISE else 0
@@ -94,6 +96,11 @@ def score(
         )
     finally:
         split.source.close()
+
+
+def as_recorded(data: Any, record: RunRecord | None) -> Any:
+    """Data with the context and weights of the run's record, where they do not name their own."""
+    return data if record is None else from_record(data, record.config)
 
 
 def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split:
@@ -114,6 +121,7 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
 
 def _refuse_training_rows(flow: NICE, data: Any, source: Source) -> None:
     """DataError where there is no test dataset, or where it is what the flow was trained on."""
+    data = plain_data(data)
     if not isinstance(data, (str, os.PathLike)) or data == DEMO:
         return
     trained_on = flow.info.fingerprint and source.fingerprint() == flow.info.fingerprint
@@ -137,6 +145,7 @@ def _all_rows(flow: NICE, source: Source, part: str) -> Split:
 
 def _is_named(data: Any, source: Source) -> bool:
     """Whether the data were given as FILE:/DATASET with this very dataset, or as an array."""
+    data = plain_data(data)
     if not isinstance(data, (str, os.PathLike)):
         return True
     path, dataset = split_spec(data)
@@ -234,6 +243,8 @@ def describe_rows(split: Split) -> str:
     if split.fraction is not None:
         which = "held out" if split.member else "not held out"
         return f"the {n:,} rows of {name} {which} by seed {split.seed}"
+    if split.source.weight is not None and n < split.stop - split.start:
+        return f"the {n:,} rows of {name} that have a weight"
     if n == split.source.n_rows:
         return f"all {n:,} rows of {name}"
     return f"rows {split.start:,} to {split.stop - 1:,} of {name}"
@@ -248,6 +259,12 @@ def example_rows(flow: NICE, split: Split, n: int) -> NDArray[np.float64]:
     return rows
 
 
-def round_trip_error(flow: NICE, x: NDArray[np.float64]) -> float:
-    """max |x - f^-1(f(x))| over rows x : (n, d), in data space."""
-    return float(np.abs(x - flow.inverse(flow.forward(x)[0])[0]).max(initial=0.0))
+def example_context(split: Split, n: int) -> NDArray[np.float64] | None:
+    """The context of example_rows : (<= n, k), None without one."""
+    context = split.source.context
+    return None if context is None else context[split.head(n).rows()[:n]]
+
+
+def round_trip_error(flow: NICE, x: NDArray[np.float64], context: NDArray[np.float64] | None = None) -> float:
+    """max |x - f^-1(f(x))| over rows x : (n, d), in data space, at their context : (n, k)."""
+    return float(np.abs(x - flow.inverse(flow.forward(x, context)[0], context)[0]).max(initial=0.0))

@@ -9,10 +9,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
 from nicecp import fit, parallel, ranks
+from nicecp.beside import DataSpec
 from nicecp.checkpoint import load_run, load_state, state_path
 from nicecp.errors import DataError, ParallelError, TrainingError
 from nicecp.evaluate import Evaluator
@@ -208,7 +210,7 @@ def test_scoring_is_shared(batch: int, size: int) -> None:
 @pytest.mark.parametrize("n", [1, CHUNK, 2 * CHUNK + 5])
 def test_drawing_is_shared(n: int) -> None:
     def rows(communicator: Communicator) -> Any:
-        return draw(trainer_of(communicator).flow, n, 11, communicator)
+        return draw(trainer_of(communicator).flow, n, 11, None, communicator)
 
     first, *others = together(3, rows)
     np.testing.assert_array_equal(first, trainer_of(ALONE).flow.sample(n, 11))
@@ -368,3 +370,29 @@ def test_ranks_score_in_rounds() -> None:
     assert [start for start, _ in first] == [0, 4 * step]
     np.testing.assert_array_equal(np.concatenate([values for _, values in first]), one)
     assert others == [[], [], []]
+
+
+def test_weighted_rows_with_a_context(tmp_path: Path) -> None:
+    """A rank's rows bring their own context, and the loss is the mean over the weights of all ranks' rows."""
+    rng = np.random.default_rng(6)
+    with h5py.File(tmp_path / "table.h5", "w") as file:
+        file["train"] = rng.normal(size=(600, 4))
+        file["weight"], file["given"] = rng.uniform(0.1, 3, 600), rng.normal(size=(600, 2))
+    spec = DataSpec(str(tmp_path / "table.h5"), "/given", "/weight")
+
+    def run(communicator: Communicator) -> Any:
+        path = tmp_path / f"run{communicator.size}.h5"
+        with Run.start(spec, path, **{**SMALL, "epochs": 2, "communicator": communicator}) as run:
+            outcome = run.execute()
+            flow = run.trainer.flow
+            drawn = draw(flow, 2 * CHUNK + 1, 3, rng_context, communicator)
+            return flow.flat.copy(), outcome.valid.mean, drawn
+
+    rng_context = rng.normal(size=(2 * CHUNK + 1, 2))
+    flat, valid, drawn = run(ALONE)
+    for rank, (its, mean, rows) in enumerate(together(2, run)):
+        gates.assert_near(its, flat, EQUAL, "parameters")
+        assert mean == pytest.approx(valid, rel=EQUAL)
+        assert (rows is None) == (rank > 0)
+        if rows is not None:
+            np.testing.assert_allclose(rows, drawn, rtol=1e-9)
