@@ -55,6 +55,7 @@ def profile_step(trainer: Trainer, seconds: float = 1.0) -> list[Part]:
     with backend.computing(), np.errstate(over="ignore", invalid="ignore"):
         trainer.step()
         trainer.reader.close()  # its buffers stay
+        trainer.state[Slot.CURSOR] = 0.0
         whole = backend.write_down(trainer._step)
         for name, codes in [*PARTS.items(), (ALL, everything)]:
             rows = [row for row in whole.rows if row[Field.OP] in codes]

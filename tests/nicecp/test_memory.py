@@ -99,25 +99,25 @@ def test_a_limit_chooses_the_window_and_resuming_keeps_it(tmp_path: Path, monkey
     for limit in range(164 * MIB, 200 * MIB, 2**16):
         try:
             with Run.start(data, None, **SMALL, memory_limit=limit) as run:
-                least = limit
+                least, limit = limit, limit + 2**18
                 assert run.settings.window == run.trainer.reader.window == run.trainer.config.window
                 assert BLOCK <= run.settings.window < 5000
                 assert not run.trainer.reader.resident
             break
         except ValueError:
             continue
-    train(data, out, epochs=2, memory_limit=least)
+    train(data, out, epochs=2, memory_limit=limit)
     with Run.resume(out, epochs=3) as run:
-        assert run.settings.window < 5000
+        assert BLOCK < run.settings.window < 5000
         run.execute()
     with pytest.raises(ValueError, match=r"^memory_limit must be at least .* for the run's windows of"):
-        Run.resume(out, epochs=4, memory_limit=least - 2**16)
-    train(data, tmp_path / "whole.h5", epochs=3, memory_limit=least)
+        Run.resume(out, epochs=4, memory_limit=least)
+    train(data, tmp_path / "whole.h5", epochs=3, memory_limit=limit)
     assert model_bytes(out) == model_bytes(tmp_path / "whole.h5")
     train(data, tmp_path / "plain.h5", epochs=3)
     assert model_bytes(out) != model_bytes(tmp_path / "plain.h5"), "rows are shuffled in smaller windows"
     plain = score(tmp_path / "plain.h5", data, "train")
-    limited = score(tmp_path / "plain.h5", data, "train", memory_limit=least)
+    limited = score(tmp_path / "plain.h5", data, "train", memory_limit=limit)
     assert replace(limited, evaluation=plain.evaluation) == plain
     assert limited.evaluation == plain.evaluation
     with pytest.raises(ValueError, match=r"^memory_limit must be at least .* for this flow"):
