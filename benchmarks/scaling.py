@@ -46,14 +46,21 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's share of a machine. flops, memory: of products and of moving bytes, a second; call: of one call of a
-    kernel; latency, network: of one message, in seconds and bytes a second, each way."""
+    """One rank's share of a machine.
+
+    flops, weights: a product of n rows by a matrix takes 2 n in out / flops, and the matrix's bytes / weights whatever
+    n is; memory: bytes a second of an update; unit, feature: seconds for a hidden unit and for a feature of a row beside
+    products; call: of one call of a kernel; latency, network: of one message, in seconds and bytes a second, each way.
+    """
 
     flops: float
+    weights: float
     memory: float
+    unit: float
+    feature: float
     call: float
-    latency: float
-    network: float
+    latency: float = 0.0
+    network: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,15 @@ def all_reduce(size: float, ranks: int, machine: Machine) -> float:
 def cost(spec: ModelSpec, batch: int, ranks: int, machine: Machine) -> Cost:
     """The formula: batch is of all ranks together."""
     n, item = batch / ranks, 4 if spec.dtype == "float32" else 8
-    layers = sum(len(spec.layer_sizes(k)) - 1 for k in range(len(spec.couplings)))
+    sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
+    layers, units = sum(len(layer) - 1 for layer in sizes), sum(sum(layer[1:-1]) for layer in sizes)
     parameters = spec.n_parameters * item
-    # Every product reads or writes its weights once: with few rows that, and not the arithmetic, is what takes time.
-    # An update reads four arrays and writes three.
-    forward = max(flops_of(spec, 1)[0] * n / machine.flops, parameters / machine.memory)
-    step = flops_of(spec, 1)[1] * n
-    backward = max(step / machine.flops - forward, 2 * parameters / machine.memory)
+    forward, step = (each * n / machine.flops for each in flops_of(spec, 1))
+    forward += parameters / machine.weights
+    backward = step - (forward - parameters / machine.weights) + 2 * parameters / machine.weights
+    beside = n * (2 * units * machine.unit + spec.n_features * machine.feature)
     calls = (3 * layers + 4 * len(spec.couplings) + 8) * machine.call
-    compute = forward + backward + 7 * parameters / machine.memory + calls
+    compute = forward + backward + 7 * parameters / machine.memory + beside + calls
     exchange = all_reduce((2 * batch + ranks) * 8, ranks, machine)
     buckets = buckets_of(Layout(spec), item)
     sums = [all_reduce(bucket.range.size * item, ranks, machine) for bucket in buckets]
@@ -126,22 +133,36 @@ def step_seconds(trainer: Trainer, seconds: float = 2.0) -> float:
 
 
 def measure_machine() -> Machine:
-    """Products of 200 rows by 1000 x 1000, updates of 40 MB arrays, calls that do next to nothing; one thread."""
+    """On one thread, of what is not in the cache: products, updates; and of what is: units, features, calls."""
     backend = get_backend("cpu", 1)
     with backend.computing():
-        x, w, y = (np.ones(shape, np.float32) for shape in ((200, 1000), (1000, 1000), (200, 1000)))
-        product = timed(lambda: backend.matmul(y, x, w))
+        many = [np.ones((1000, 1000), np.float32) for _ in range(24)]
+        product = {}
+        for n in (25, 200):
+            x, y = np.ones((n, 1000), np.float32), np.ones((n, 1000), np.float32)
+            product[n] = timed(lambda x=x, y=y: [backend.matmul(y, x, w) for w in many]) / len(many)
+        slope = (product[200] - product[25]) / 175
         arrays = [np.ones(10**7, np.float32) for _ in range(4)]
-        state = np.zeros(64)
-        update = timed(lambda: backend.update(*arrays, 0, 10**7, state, 0))
+        update = timed(lambda: backend.update(*arrays, 0, 10**7, np.zeros(64), 0))
         small = [np.ones((2, 2), np.float32) for _ in range(3)]
+        call = timed(backend.record(lambda: [backend.couple(*small, 1) for _ in range(1000)])) / 1000
+        y, db = np.ones((256, 64), np.float32), np.ones(64, np.float32)
+        wide = np.ones((1, 64), np.float32)
 
-        def thousand() -> None:
-            for _ in range(1000):
-                backend.couple(*small, 1)
+        def masks() -> None:
+            for _ in range(100):
+                backend.dense_backward(None, None, db, y, y, y, wide, True)
 
-        call = timed(backend.record(thousand)) / 1000
-    return Machine(2 * 200 * 1e6 / product, 7 * 4 * 1e7 / update, call, 0.0, 0.0)
+        unit = timed(backend.record(masks)) / 100 / y.size
+        x, logp = np.ones((256, 64), np.float32), np.ones(256)
+
+        def prior() -> None:
+            backend.scale_prior_forward(logp, x, x, y, y, db, db, 1)
+            backend.scale_prior_backward(x, x, db, db, logp, y, y, db, db, 1)
+
+        feature = timed(backend.record(prior)) / 2 / x.size
+    constant = max(product[25] - 25 * slope, 1e-9)
+    return Machine(2e6 / slope, 4e6 / constant, 7 * 4e7 / update, unit, feature, call)
 
 
 def timed(work: Any, seconds: float = 0.5) -> float:
@@ -154,11 +175,18 @@ def timed(work: Any, seconds: float = 0.5) -> float:
     return median(taken)
 
 
+def shown(machine: Machine) -> str:
+    return (
+        f"{machine.flops / 1e9:.0f} GFLOP/s, weights {machine.weights / 1e9:.1f} GB/s, updates "
+        f"{machine.memory / 1e9:.1f} GB/s, {1e9 * machine.unit:.2f} ns a unit, {1e9 * machine.feature:.2f} ns a feature, "
+        f"{1e9 * machine.call:.0f} ns a call"
+    )
+
+
 def check() -> None:
     print(describe())
     machine = measure_machine()
-    rates = f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.memory / 1e9:.1f} GB/s"
-    print(f"one core: {rates}, {1e9 * machine.call:.0f} ns a call")
+    print(f"one core: {shown(machine)}")
     for name, batches in (("mnist", (10, 50, 200, 800)), ("table", (64, 256, 1024))):
         for batch in batches:
             measured = step_seconds(trainer_of(MODELS[name][0], batch))
@@ -189,7 +217,7 @@ def ranks() -> None:
     say(f"a sum of 16 bytes {1e6 * latency:.1f} us, of 32 MiB {1e3 * whole:.1f} ms: {network / 1e9:.2f} GB/s each way")
     machine = replace(measure_machine(), latency=latency / hops, network=network)
     MPI.COMM_WORLD.Barrier()
-    say(f"each rank: {machine.flops / 1e9:.0f} GFLOP/s, {machine.memory / 1e9:.1f} GB/s")
+    say(f"each rank: {shown(machine)}")
     for name, batches in (("mnist", (200, 800)), ("table", (256, 4096))):
         for batch in batches:
             spec = MODELS[name][0]
@@ -208,9 +236,9 @@ def ranks() -> None:
 # Data sheets and usual numbers, not measured here: a GPU of 50 TFLOP/s in float32 and 2.5 TB/s as such kernels reach
 # them, eight in a node behind links of 200 GB/s, nodes with 25 GB/s for each GPU; CPU ranks of one core like this
 # machine's (check), 64 in a node that share 25 GB/s.
-GPU = Machine(50e12, 2.5e12, 4e-6, 10e-6, 200e9)
+GPU = Machine(50e12, 2.5e12, 2.5e12, 2e-12, 2e-11, 4e-6, 10e-6, 200e9)
 GPU_NODES = replace(GPU, latency=15e-6, network=25e9)
-CPU = Machine(150e9, 12e9, 0.2e-6, 1e-6, 3e9)
+CPU = Machine(150e9, 8e9, 12e9, 2e-10, 1e-8, 1e-7, 1e-6, 3e9)
 CPU_NODES = replace(CPU, latency=3e-6, network=25e9 / 64)
 
 
