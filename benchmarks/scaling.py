@@ -49,8 +49,8 @@ class Machine:
     """One rank's share of a machine.
 
     flops, weights: a product of n rows by a matrix takes 2 n in out / flops, and the matrix's bytes / weights whatever
-    n is; memory: bytes a second of an update; unit, feature: seconds for a hidden unit and for a feature of a row beside
-    products; call: of one call of a kernel; latency, network: of one message, in seconds and bytes a second, each way.
+    n is; memory: bytes a second of an update; unit, feature: seconds, beside products, for a hidden unit and a feature
+    of a row; call: of one call of a kernel; latency, network: of a message, in seconds and bytes a second, each way.
     """
 
     flops: float
@@ -178,8 +178,8 @@ def timed(work: Any, seconds: float = 0.5) -> float:
 def shown(machine: Machine) -> str:
     return (
         f"{machine.flops / 1e9:.0f} GFLOP/s, weights {machine.weights / 1e9:.1f} GB/s, updates "
-        f"{machine.memory / 1e9:.1f} GB/s, {1e9 * machine.unit:.2f} ns a unit, {1e9 * machine.feature:.2f} ns a feature, "
-        f"{1e9 * machine.call:.0f} ns a call"
+        f"{machine.memory / 1e9:.1f} GB/s, {1e9 * machine.unit:.2f} ns a unit, {1e9 * machine.feature:.2f} ns a "
+        f"feature, {1e9 * machine.call:.0f} ns a call"
     )
 
 

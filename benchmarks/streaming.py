@@ -116,7 +116,7 @@ def main() -> None:
         path, out = Path(folder) / "rows.h5", Path(folder) / "run.h5"
         for factor in options.factors:
             rows = generate(path, factor * options.mib, options.compression)
-            if factor == options.factors[0]:
+            if factor == options.factors[0] and options.rounds:
                 found = rates(path, rows, options.rounds)
                 ratio = median(a / b for a, b in zip(found["file"], found["memory"], strict=True))
                 document["rates"] = found
