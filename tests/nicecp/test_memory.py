@@ -31,7 +31,7 @@ FEATURES, ROWS = 256, 60_000  # 59 MiB of float32
 
 def test_more_memory_is_more_rows() -> None:
     before = Rows(0, 0)
-    for limit in (240 * MIB, 400 * MIB, 1000 * MIB, 3000 * MIB, 10**12):
+    for limit in (280 * MIB, 400 * MIB, 1000 * MIB, 3000 * MIB, 10**12):
         rows = rows_within(limit, 100 * MIB, COST, 200, 4096)
         assert before.window < rows.window or before == Rows(SHUFFLE_WINDOW, READ_ROWS) or limit == 10**12
         assert BATCH <= before.scored <= rows.scored or before.scored == 0
@@ -96,7 +96,7 @@ def test_a_limit_chooses_the_window_and_resuming_keeps_it(tmp_path: Path, monkey
     with pytest.raises(ValueError, match=r"^memory_limit must be at least"):
         Run.start(data, out, **SMALL, memory_limit=100 * MIB)
     assert list(tmp_path.iterdir()) == [tmp_path / "table.h5"]
-    for limit in range(190 * MIB, 240 * MIB, 2**16):
+    for limit in range(220 * MIB, 280 * MIB, 2**16):
         try:
             with Run.start(data, None, **SMALL, memory_limit=limit) as run:
                 least, limit = limit, limit + 2**18
