@@ -19,8 +19,8 @@ from nicecp.reconstruction import workspace_bytes
 from nicecp.sources import Source
 from nicecp.split import BLOCK, SHUFFLE_WINDOW, Split
 
-# Beside what is counted: compiled code and BLAS's buffers (measured: 60 MiB), the pieces in which a file is read, a few of
-# 8 MiB, and small arrays. To compile, with an empty cache, takes 100 MiB more.
+# Beside what is counted: compiled code and BLAS's buffers (measured: 60 MiB), the pieces in which a file is read, some
+# of 8 MiB, and small arrays. To compile, with an empty cache, takes 100 MiB more.
 RESERVE = 2**27
 SAVING = 12  # times the parameters: what a checkpoint holds, as arrays, as a file in memory and as its bytes
 _WINDOW_ROW, _SCORED_ROW = 170, 64  # bytes of indices for every row of a window while it is being read
