@@ -37,10 +37,11 @@ from nicecp.train import TrainConfig, Trainer
 FEATURES, CHUNK = 128, 4096  # columns, rows of a chunk of the file
 MIB = 2**20
 COMMAND = """
-import resource, sys, time
+import sys
+from benchmarks.machine import peak_memory
 from nicecp.cli.main import main
 code = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print("peak", peak_memory())
 sys.exit(code)
 """
 
