@@ -123,10 +123,8 @@ def main() -> None:
                 document["rates"] = found
                 medians = ", ".join(f"{name} {median(values):,.0f}" for name, values in found.items())
                 print(f"rows/s: {medians}, ratio {ratio:.3f}", flush=True)
-            if factor == options.factors[0]:
-                run(
-                    ["train", *bound, "--out", str(out), "--overwrite", *MODEL]
-                )  # compiles, which takes memory of its own
+            if factor == options.factors[0]:  # compiles, which takes memory of its own
+                run(["train", *bound, "--out", str(out), "--overwrite", *MODEL])
             train = run(["train", *bound, "--out", str(out), "--overwrite", *MODEL])
             evaluate = run(["evaluate", str(out), *bound])
             size = path.stat().st_size / MIB
