@@ -22,3 +22,6 @@ bench:
 	$(PYTHON) benchmarks/train_cpu.py --case mnist
 	$(PYTHON) benchmarks/train_cpu.py --case small
 	$(PYTHON) benchmarks/startup.py
+	$(PYTHON) benchmarks/depth.py
+	$(PYTHON) benchmarks/streaming.py
+	$(PYTHON) benchmarks/scaling.py check

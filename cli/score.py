@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options
+from nicecp.cli.console import is_silent, plural
+from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, memory_option
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
 EXAMPLES = """\
   nicecp score run.h5 --data table.h5 --out scores.h5
   nicecp score run.h5 --data events.h5:/run7/muons --out scores.h5 --plot figures
+  mpirun -n 4 nicecp score run.h5 --data big.h5 --out scores.h5
   nicecp score mnist-run.h5 --data mnist.h5 --draws 16 --out scores.h5
 """
 
@@ -25,7 +26,7 @@ EXAMPLES = """\
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[int, int], object] | None]:
     """A progress bar on a terminal; nothing in a pipe."""
-    if not is_terminal(sys.stderr):
+    if is_silent() or not is_terminal(sys.stderr):
         yield None
         return
     from tqdm import tqdm
@@ -66,6 +67,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     "latent quantiles, log-densities, and the weights of rows that have them. In a folder, or as one page.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@memory_option
 @beside_options("where the run had it; none: without")
 @machine_options
 @json_option
@@ -79,6 +81,7 @@ def score(
     overwrite: bool,
     context: str | None,
     weights: str | None,
+    memory_limit: int | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -89,9 +92,11 @@ def score(
     -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
     weights count alike in the mean that is printed; --plot draws them by their weights.
     """
+    from nicecp.cli.ranks import join
     from nicecp.data_spec import DataSpec
     from nicecp.score_file import score_file
 
+    ranks = join()
     spec = data if context is None and weights is None else DataSpec(data, context, weights)
     if plot is not None:
         from nicecp.score_plots import check_plots
@@ -100,10 +105,10 @@ def score(
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
-            progress=progress,
+            progress=progress, communicator=ranks, memory_limit=memory_limit,
         )  # fmt: skip
     figures: list[str] = []
-    if plot is not None:
+    if plot is not None and ranks.rank == 0:
         from nicecp.score_plots import plot_scores
 
         figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
