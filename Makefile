@@ -21,6 +21,7 @@ type:
 bench:
 	$(PYTHON) benchmarks/train_cpu.py --case mnist
 	$(PYTHON) benchmarks/train_cpu.py --case small
+	$(PYTHON) benchmarks/latency.py
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/depth.py
 	$(PYTHON) benchmarks/streaming.py

@@ -34,10 +34,12 @@ REST = 0.05  # seconds between chunks: BLAS and OpenMP threads of the last one s
 class Worker:
     """A contestant's process."""
 
-    def __init__(self, name: str, case: Case, threads: int) -> None:
-        command = [sys.executable, str(ROOT / "benchmarks/worker.py"), name, str(threads)]
+    def __init__(
+        self, name: str, case: Case, threads: int, script: str = "worker.py", title: str | None = None
+    ) -> None:
+        command = [sys.executable, str(ROOT / "benchmarks" / script), name, str(threads)]
         arguments = [*command, json.dumps(dataclasses.asdict(case))]
-        self.name = name
+        self.name, self.title = name, title or NAMES[name]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: str, **arguments: Any) -> Any:
@@ -49,7 +51,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise SystemExit(f"{NAMES[self.name]} stopped: see its messages above")
+            raise SystemExit(f"{self.title} stopped: see its messages above")
         return json.loads(line)
 
     def close(self) -> None:

@@ -65,6 +65,6 @@ def sample(
     from nicecp.cli.ranks import join
     from nicecp.samples import write_samples
 
-    where = (device, threads, precision)
-    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, *where, context, join())
+    where = (device, threads, context, precision, join())
+    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, *where)
     click.echo(f"{out}: {written.rows:,} samples of {written.features} features, seed {written.seed}")

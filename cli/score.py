@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 import click
 
 from nicecp.cli.console import is_silent, plural
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, memory_option
+from nicecp.cli.options import (
+    SEED,
+    beside_options,
+    command,
+    data_name,
+    json_option,
+    machine_options,
+    memory_option,
+    row_options,
+)
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
@@ -19,6 +28,7 @@ EXAMPLES = """\
   nicecp score run.h5 --data table.h5 --out scores.h5
   nicecp score run.h5 --data events.h5:/run7/muons --out scores.h5 --plot figures
   mpirun -n 4 nicecp score run.h5 --data big.h5 --out scores.h5
+  nicecp score run.h5 --data chain.h5:/posterior --weights weight --out scores.h5 --plot fit.pdf
   nicecp score mnist-run.h5 --data mnist.h5 --draws 16 --out scores.h5
 """
 
@@ -56,9 +66,10 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of the noise of 8-bit data: the logarithm of the densities' mean over so many draws is written.",
+    help="Of the noise of 8-bit data and of columns recorded to a few digits: what is written is the logarithm of the "
+    "densities' mean over so many draws.",
 )
-@click.option("--seed", type=SEED, show_default="the run's", help="Of the noise of 8-bit data, and of the figures.")
+@click.option("--seed", type=SEED, show_default="the run's", help="Of that noise, and of the figures.")
 @click.option(
     "--plot",
     type=data_name,
@@ -69,6 +80,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @memory_option
 @beside_options("where the run had it; none: without")
+@row_options
 @machine_options
 @json_option
 def score(
@@ -84,20 +96,22 @@ def score(
     memory_limit: int | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     as_json: bool,
+    **used: str | None,
 ) -> None:
     """Write the log-density of every row of the data under CHECKPOINT's flow.
 
     FILE.h5 gets the dataset log_prob (rows) in nats, in the data's space and in the rows' order: NaN for rows with NaN,
     -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
-    weights count alike in the mean that is printed; --plot draws them by their weights.
+    weights count by them in the mean that is printed and in the figures.
     """
     from nicecp.cli.ranks import join
-    from nicecp.data_spec import DataSpec
+    from nicecp.data_spec import spec_of
     from nicecp.score_file import score_file
 
     ranks = join()
-    spec = data if context is None and weights is None else DataSpec(data, context, weights)
+    spec = spec_of(data, context=context, weights=weights, **used)
     if plot is not None:
         from nicecp.score_plots import check_plots
 
@@ -105,13 +119,13 @@ def score(
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
-            progress=progress, communicator=ranks, memory_limit=memory_limit,
+            precision=precision, progress=progress, communicator=ranks, memory_limit=memory_limit,
         )  # fmt: skip
     figures: list[str] = []
     if plot is not None and ranks.rank == 0:
         from nicecp.score_plots import plot_scores
 
-        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads)
+        figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads, precision)
     if as_json:
         numbers = {"mean": scored.mean, "standard_error": scored.standard_error, "minimum": scored.minimum}
         counts = {"rows": scored.rows, "nan": scored.nan, "outside": scored.outside}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import float64, int32, types
+from numba.core.errors import TypingError
 from numba.core.imputils import lower_constant
 from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic, models, register_model, typeof_impl
@@ -50,6 +51,19 @@ def _program_of(typingctx, model):  # type: ignore[no-untyped-def]
     return types.int64(model), codegen
 
 
+@intrinsic
+def _address(typingctx, x):  # type: ignore[no-untyped-def]
+    """Of a vector's first number; other arrays are refused when the call is compiled."""
+    if not (isinstance(x, types.Array) and x.ndim == 1 and x.dtype == types.float64):
+        raise TypingError(f"log_prob takes 1-D arrays of float64, not {x}")
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(x)(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, context.get_value_type(types.int64))
+
+    return types.int64(x), codegen
+
+
 class PointFunction(CPUDispatcher):
     """A Numba dispatcher of one model's log-density.
 
@@ -69,7 +83,7 @@ def point_function(model: PointModel, floor: float) -> PointFunction:
     """log_prob(x), or log_prob(x, context) for a model with a context, of 1-D float64 arrays, to call or to compile in.
 
     Raises ValueError where x or context has another length than the model's, FloatingPointError where a finite point
-    has no finite log-density. Nothing is below the floor.
+    has no finite log-density, Numba's TypingError for other arrays. Nothing is below the floor.
     """
     d, k = model.features, model.context
     says_d, says_k = f"x must have length {d}, that of the flow's features", f"the context must have length {k}"
@@ -77,7 +91,7 @@ def point_function(model: PointModel, floor: float) -> PointFunction:
     def log_prob(x):  # type: ignore[no-untyped-def]
         if x.shape[0] != d:
             raise ValueError(says_d)
-        value = call_point(_program_of(model), x.ctypes.data, x.strides[0], 0, 0)
+        value = call_point(_program_of(model), _address(x), x.strides[0], 0, 0)
         if value == math.inf:
             raise FloatingPointError(FAILED)
         return floor if value < floor else value
@@ -87,7 +101,7 @@ def point_function(model: PointModel, floor: float) -> PointFunction:
             raise ValueError(says_d)
         if context.shape[0] != k:
             raise ValueError(says_k)
-        value = call_point(_program_of(model), x.ctypes.data, x.strides[0], context.ctypes.data, context.strides[0])
+        value = call_point(_program_of(model), _address(x), x.strides[0], _address(context), context.strides[0])
         if value == math.inf:
             raise FloatingPointError(FAILED)
         return floor if value < floor else value

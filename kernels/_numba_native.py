@@ -208,3 +208,16 @@ def call_point(typingctx, program, x, line, context, context_line):  # type: ign
 
     whole = types.int64
     return types.float64(whole, whole, whole, whole, whole), codegen
+
+
+@intrinsic
+def call_block(typingctx, core, *arguments):  # type: ignore[no-untyped-def]
+    """void f(int64, ...) at an address."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        values = cgutils.unpack_tuple(builder, arguments[1])
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(values))
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.StarArgTuple.from_types(arguments)), codegen

@@ -95,12 +95,10 @@ def _core(one: Any, transforms: bool) -> Any:
             put_at(base + 8 * c, value)
         for c in range(number_at(program + _CONTEXT_SIZE, _INTEGER)):
             unknown |= not math.isfinite(number_at(context + c * context_line, _DOUBLE))
-        if unknown:
-            return math.nan
-        if infinite:
-            return -math.inf
-        first_row = program + _HEADER
-        for row in range(first_row, first_row + number_at(program + _ROWS, _INTEGER) * _SIZE, _SIZE):
+        first_row, count = program + _HEADER, number_at(program + _ROWS, _INTEGER)
+        if unknown or infinite:
+            count = 0
+        for row in range(first_row, first_row + count * _SIZE, _SIZE):
             op, n = number_at(row, _INTEGER), number_at(row + _NUMBERS + 8, _INTEGER)
             z, other = (
                 base + 8 * number_at(row + _NUMBERS, _INTEGER),
@@ -125,10 +123,11 @@ def _core(one: Any, transforms: bool) -> Any:
                 for c in range(n):
                     infinite |= not abs(number_at(z + 8 * c, _DOUBLE)) <= largest
                 if infinite:
-                    return -math.inf
+                    break
             elif op == _CONTEXT:
+                behind = z + (other - base)
                 for c in range(n):
-                    put_at(z + 8 * c, number_at(context + c * context_line, _DOUBLE))
+                    put_at(behind + 8 * c, number_at(context + c * context_line, _DOUBLE))
             elif op == _SHIFT:
                 for c in range(0, 8 * n, 8):
                     put_at(z + c, number_at(z + c, _DOUBLE) - number_at(a + c, _DOUBLE))
@@ -140,7 +139,14 @@ def _core(one: Any, transforms: bool) -> Any:
                 value, log_slope = transform(n, number_at(z, _DOUBLE), a, b)
                 put_at(z, value)
                 total += log_slope
-        return total if math.isfinite(total) else FAILED
+        if unknown:
+            total = math.nan
+        elif infinite:
+            total = -math.inf
+        elif not math.isfinite(total):
+            total = FAILED
+        work[0] = total  # Numba frees an array after its last use, and does not know of its address
+        return total
 
     return core
 
@@ -155,7 +161,8 @@ def core_address(dtype: str, transforms: bool) -> int:
 
 @kernel
 def score_rows(out, program, x, context):  # type: ignore[no-untyped-def]
-    """out : (n,) float64 = log p of x : (n, d), given context : (n, k), both float64; FAILED as above."""
+    """out : (n,) float64 = log p of x : (n, d), given context : (n, k) or (1, k), both float64; FAILED as above."""
     code, at, given = program.ctypes.data, x.ctypes.data, context.ctypes.data
+    step = context.strides[0] if context.shape[0] > 1 else 0
     for i in range(x.shape[0]):
-        out[i] = call_point(code, at + i * x.strides[0], x.strides[1], given + i * context.strides[0], 8)
+        out[i] = call_point(code, at + i * x.strides[0], x.strides[1], given + i * step, 8)

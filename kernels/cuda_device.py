@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nicecp.kernels.backend import Array, Backend, Upload
+from nicecp.kernels.backend import Array, Backend
 from nicecp.kernels.cuda_calls import Call, Launch, Plain, by_row, spread
 from nicecp.kernels.cuda_driver import Driver
 from nicecp.kernels.cuda_plan import Plan
 from nicecp.kernels.cuda_source import THREADS
+from nicecp.kernels.device_arrays import Upload
 
 _DLPACK_CUDA = (2, 13)  # DLDeviceType: kDLCUDA, kDLCUDAManaged
 

@@ -20,7 +20,7 @@ class PointOp:
     SHIFT = 2  # place, n; shift: z = z - shift
     CHECK = 3  # place, n: the point is infinitely far away if a z is not finite, or not so for float32 weights
     GATHER = 4  # place, n, from; index: z[c] = from[index[c]]
-    CONTEXT = 5  # place, n: the context
+    CONTEXT = 5  # place, n, m: the context, behind the m numbers that stand there
     DENSE = 6  # place, inputs, from, outputs, relu, wide; w, b: of the flow's dtype, or float64 if wide
     COUPLE = 7  # place, n, m, law (0 additive, 1 multiplicative, 2 affine)
     PRIOR = 8  # place, n, place for h, prior; s, of the flow's dtype

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.kernels.backend import Array, Backend, Upload
+from nicecp.kernels.backend import Array, Backend
+from nicecp.kernels.device_arrays import Upload
 from nicecp.split import EpochReader, Window
 
 BLOCK_BYTES = 2**28  # of a streamed block, where no limit is given

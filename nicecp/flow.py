@@ -17,7 +17,7 @@ from nicecp.context import Context, context_of, paired, rows_for, seen
 from nicecp.density import Density
 from nicecp.kernels import get_backend, with_precision
 from nicecp.kernels.backend import Array, Backend, Purpose, Slot
-from nicecp.native import Points, has_compiled_form
+from nicecp.native import Points, rows_without_blas
 from nicecp.network import Halves, Network
 from nicecp.params import initial_parameters
 from nicecp.preprocessing import Step, steps_backward, undo_steps
@@ -28,7 +28,6 @@ from nicecp.transforms import check_step_fits
 logger = logging.getLogger("nicecp")
 
 CHUNK = 1024  # rows at a time: bounds what a call needs beside its result; activations stay in cache
-FEW = 2**19  # weights to multiply with, of all rows together, up to which each row is scored on its own
 FloatArray = NDArray[np.float64]
 
 
@@ -152,8 +151,7 @@ class NICE(Density):
         self.flat: Array = backend.alloc(self.network.layout.size, spec.dtype)
         self._views = self.network.layout.views(self.flat)
         self._calls = Calls(self.network, self._views)
-        compiled = backend.device == "cpu" and has_compiled_form(spec, preprocessing)
-        self._few = FEW // spec.n_parameters if compiled else 0
+        self._few = rows_without_blas(spec, preprocessing) if backend.device == "cpu" else 0
         self._points: Points | None = None
         self._there = DeviceRows(self)
         self.set_parameters(initial_parameters(backend, spec, seed, init) if parameters is None else parameters)

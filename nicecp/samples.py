@@ -43,8 +43,8 @@ def write_samples(
     columns: int | None = None,
     device: str = "auto",
     threads: int | None = None,
-    precision: str | None = None,
     context: Any = None,
+    precision: str | None = None,
     communicator: Communicator = ALONE,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.

@@ -41,10 +41,34 @@ _BLOCK_ROWS = 2**16
 
 
 @dataclass
+class _Moments:
+    """Number of rows with a weight, sum of weights, weighted mean, weighted sum of squared deviations from it.
+
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+
+    count: int = 0
+    weight: float = 0.0
+    mean: float = math.nan
+    square: float = 0.0
+
+    def add(self, values: FloatArray, weight: FloatArray) -> None:
+        new, before = float(weight.sum()), self.weight
+        if new == 0.0:
+            return
+        mean = float(values @ weight) / new
+        delta = mean - self.mean if before else 0.0
+        with np.errstate(over="ignore"):  # of log-densities of -1e200 the error is infinite
+            self.square += float(weight @ np.square(values - mean) + np.square(delta) * before * new / (before + new))
+        self.mean = self.mean + delta * new / (before + new) if before else mean
+        self.count, self.weight = self.count + int((weight > 0).sum()), before + new
+
+
+@dataclass
 class Scored:
     """What came of scoring a data set; statistics in nats, over the rows whose log-density is finite.
 
-    minimum and its row are NaN and -1 where there is no such row.
+    The mean is weighted where the rows have weights. minimum and its row are NaN and -1 where there is no such row.
     """
 
     dataset: str
@@ -53,42 +77,44 @@ class Scored:
     rows: int = 0
     nan: int = 0  # rows that hold NaN: their log-density is NaN
     outside: int = 0  # rows that are infinite or outside the flow's support: their log-density is -inf
-    mean: float = math.nan
     minimum: float = math.nan
     minimum_row: int = -1
-    _square: float = field(default=0.0, repr=False)  # sum of squared deviations from the mean
+    _moments: tuple[_Moments, _Moments] = field(default_factory=lambda: (_Moments(), _Moments()), repr=False)
 
     @property
     def finite(self) -> int:
         return self.rows - self.nan - self.outside
 
     @property
+    def mean(self) -> float:
+        """By the rows' weights, where they have any; NaN without rows."""
+        return self._moments[0].mean
+
+    @property
     def standard_error(self) -> float:
-        """Of the mean; NaN for fewer than two rows."""
-        n = self.finite
-        return math.sqrt(self._square / (n - 1) / n) if n > 1 else math.nan
+        """Of the mean, as nicecp.evaluate.weighted_error; NaN for fewer than two rows."""
+        plain, squared = self._moments
+        n = plain.count
+        if n < 2:
+            return math.nan
+        total = squared.square + squared.weight * (squared.mean - plain.mean) ** 2  # of (weight gap)^2
+        return math.sqrt(n / (n - 1) * total) / plain.weight
 
-    def add(self, values: FloatArray) -> None:
-        """The next rows' log-densities : (n,).
-
-        Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-        """
-        before, first = self.finite, self.rows
+    def add(self, values: FloatArray, weight: FloatArray | None = None) -> None:
+        """The next rows' log-densities : (n,), and their weights."""
+        first = self.rows
         self.rows += len(values)
         self.nan += int(np.isnan(values).sum())
         self.outside += int(np.isneginf(values).sum())
         finite = np.isfinite(values)
-        n = int(finite.sum())
-        if n == 0:
+        if not finite.any():
             return
-        chosen = values[finite]
-        mean, row = float(chosen.mean()), int(np.argmin(np.where(finite, values, np.inf)))
+        row = int(np.argmin(np.where(finite, values, np.inf)))
         if not values[row] >= self.minimum:
             self.minimum, self.minimum_row = float(values[row]), first + row
-        delta = mean - self.mean if before else 0.0
-        with np.errstate(over="ignore"):  # of log-densities of -1e200 the error is infinite
-            self._square += float(np.square(chosen - mean).sum() + np.square(delta) * before * n / (before + n))
-        self.mean = self.mean + delta * n / (before + n) if before else mean
+        w = np.ones(int(finite.sum())) if weight is None else weight[finite]
+        self._moments[0].add(values[finite], w)
+        self._moments[1].add(values[finite], w * w)
 
 
 def score_file(
@@ -101,6 +127,7 @@ def score_file(
     overwrite: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
     progress: Callable[[int, int], object] | None = None,
     communicator: Communicator = ALONE,
     memory_limit: int | None = None,
@@ -110,7 +137,7 @@ def score_file(
     Parameters
     ----------
     data : as nicecp.data.open_source; of a file without a named dataset the test dataset, else the training one
-        A context comes from where the run had it, unless a DataSpec says otherwise. Every row counts alike.
+        Context and weights come from where the run had them, unless a DataSpec says otherwise.
     out : FILE.h5, which appears whole or not at all
         Dataset ``log_prob`` (n,) float64, nats, in the data's space: NaN for rows with NaN, -inf for rows that are
         infinite or outside the flow's support. Attributes: checkpoint, data, seed, draws.
@@ -118,6 +145,7 @@ def score_file(
         Of row i, draw k is that of (seed, i, k), the first one evaluate's. What is written is the logarithm of the
         densities' mean, log(sum_k p(x_k) / draws): with many draws that of the recorded values' own density.
     seed : of the noise; the run's own by default
+    device, threads, precision : as nicecp.scoring.score
     progress : called with the rows done and all rows, after every block
     communicator : of the ranks that share the blocks, all of which make the same call; rank 0 writes, and what is
         returned is complete there
@@ -137,7 +165,7 @@ def score_file(
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     threads = communicator.threads() if threads is None else threads
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     source = open_source(as_recorded(data, record), "test")
     try:
@@ -158,7 +186,7 @@ def score_file(
             written.attrs["seed"], written.attrs["draws"] = np.uint64(seed), np.int64(draws)
             for start, values in blocks:
                 written[start : start + len(values)] = values
-                scored.add(values)
+                scored.add(values, None if source.weight is None else source.weight[start : start + len(values)])
                 if progress is not None:
                     progress(scored.rows, source.n_rows)
         return scored

@@ -348,13 +348,14 @@ def plot_scores(
     overwrite: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> list[str]:
     """Compare a checkpoint's flow with data (as ``score_file`` chooses them) and write the figures -> the files.
 
     Raises as ``score_file``, and MissingExtra where matplotlib is not installed.
     """
     check_plots(target, overwrite, checkpoint, plain_data(data))
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads))
+    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     source = open_source(as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, 1)

@@ -166,9 +166,14 @@ def quantile_knots(values: FloatArray) -> spline.Knots:
 
 
 def emptiest(values: FloatArray, period: float) -> float:
-    """Where a period should begin: in the middle of the widest gap between angles in the emptiest part of it."""
+    """Where a period should begin: in the middle of the widest gap between angles, or, where they lie all around, of
+    the widest one in the emptiest part of the period."""
     angle = np.sort(np.mod(values, period))
     bins = max(8, min(64, len(angle) // 20))
+    gaps = np.diff(np.append(angle, angle[0] + period))
+    if gaps.max() > period / bins:
+        place = int(np.argmax(gaps))
+        return float(np.mod(angle[place] + 0.5 * gaps[place], period))
     counts = np.bincount(np.minimum((angle / period * bins).astype(np.int64), bins - 1), minlength=bins)
     emptiest_bin = int(np.argmin(counts))
     start, stop = emptiest_bin * period / bins, (emptiest_bin + 1) * period / bins

@@ -42,6 +42,7 @@ class Column:
     atom: float
     atom_share: float
     distance: float
+    lean: float  # skewness that no outlier moves: (q95 + q5 - 2 median) / (q95 - q5)
     reach: float  # of the farthest value, in standard deviations from the mean
 
     @property
@@ -81,8 +82,14 @@ def look_at(values: FloatArray, dtype: DTypeLike) -> Column:
         atom=atom,
         atom_share=share,
         distance=max(0.0, distance - 1.4 / math.sqrt(n)),
+        lean=_lean(ordered),
         reach=float(np.abs(z).max(initial=0.0)),
     )
+
+
+def _lean(ordered: FloatArray) -> float:
+    low, middle, high = (float(q) for q in np.quantile(ordered, [0.05, 0.5, 0.95]))
+    return (high + low - 2.0 * middle) / (high - low) if high > low else 0.0
 
 
 def _tail_index(ordered: FloatArray) -> float:
@@ -134,8 +141,10 @@ def choose(column: Column, name: str) -> tuple[Chain, str]:
         if _ANGLES.search(name) and 0.9 * period < span <= period:
             hint = f" (if it is an angle, say {text})"
     if column.rows < FEW_ROWS:
-        if column.tail < _HEAVY and abs(column.skewness) < 2.0:
-            return (Transform("student"),), f"since its tails are heavy and {column.rows} rows are few{hint}"
+        if column.tail < _HEAVY and abs(column.lean) < 0.3:
+            return (
+                Transform("student"),
+            ), f"since its tails are heavy on both sides and {column.rows} rows are few{hint}"
         return (Transform("standardize"),), f"since {column.rows} rows are too few for more{hint}"
     if column.distance < _NORMAL and abs(column.kurtosis) < 1.0 and column.reach < _OUTLIER:
         return (Transform("standardize"),), f"since it is close to normal{hint}"

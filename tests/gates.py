@@ -129,8 +129,8 @@ def assert_near(actual: Any, expected: F64, rtol: float, what: str) -> None:
     assert gap <= rtol * size, f"{what}: off by {gap:.3g}, {gap / size if size else np.inf:.3g} of its norm"
 
 
-def log_prob_of_many(flow: NICE, x: F64) -> F64:
-    """log_prob as it goes for more rows than are scored one by one."""
+def log_prob_by_backend(flow: NICE, x: F64) -> F64:
+    """log_prob by the backend's kernels, as larger flows' rows go."""
     few, flow._few = flow._few, 0
     try:
         return np.asarray(flow.log_prob(x))
@@ -182,7 +182,7 @@ def gate_central_differences(flow: NICE, x: F64) -> None:
                     moved = value.copy()
                     moved[entry] += h
                     flow.set_parameters({**parameters, name: moved})
-                    ends.append(-log_prob_of_many(flow, x).mean())
+                    ends.append(-log_prob_by_backend(flow, x).mean())
                 slope[entry] = (ends[0] - ends[1]) / (2 * STEP)
             gap = np.linalg.norm(gradients[name] - slope)
             assert np.isfinite(gap), f"{name} is not finite"
@@ -194,7 +194,7 @@ def gate_central_differences(flow: NICE, x: F64) -> None:
     for column in range(x.shape[1]):
         step = np.zeros(x.shape[1])
         step[column] = STEP
-        slope[:, column] = (log_prob_of_many(flow, x + step) - log_prob_of_many(flow, x - step)) / (2 * STEP)
+        slope[:, column] = (log_prob_by_backend(flow, x + step) - log_prob_by_backend(flow, x - step)) / (2 * STEP)
     assert_near(dx, slope, CENTRAL, "x")
 
 
@@ -217,7 +217,9 @@ def gate_density(flow: NICE, x: F64) -> None:
     """log_prob is the oracle's, which adds the log-determinant by its own means; so is the latent."""
     tolerance = COMPLEX_STEP[flow.spec.dtype]
     assert_near(flow.log_prob(x), expected_log_prob(flow, x), tolerance, "log_prob")
-    assert_near(log_prob_of_many(flow, x), expected_log_prob(flow, x), tolerance, "log_prob of many rows")
+    blocks = np.tile(x, (7, 1))
+    assert_near(flow.log_prob(blocks), expected_log_prob(flow, blocks), tolerance, "log_prob in blocks")
+    assert_near(log_prob_by_backend(flow, x), expected_log_prob(flow, x), tolerance, "log_prob by the backend")
     z, log_det, _ = to_inputs(flow, x)
     h, s = oracle.forward(flow.spec, host_parameters(flow), z)
     got, got_log_det = flow.forward(x)

@@ -88,8 +88,6 @@ def test_code_on_the_page(heading: str, fitted: dict[str, Any], monkeypatch: pyt
     monkeypatch.chdir(fitted["folder"])
     names = dict(fitted)
     for code in SECTIONS[heading]:
-        if "import ultranest" in code:
-            pytest.importorskip("ultranest")
         run(code, names)
     check(heading, names)
 
@@ -103,6 +101,11 @@ def check(heading: str, names: dict[str, Any]) -> None:
         assert flow.log_prob([np.inf, 5.0, -40.0], floor=-1e300) == -1e300
         np.testing.assert_allclose(names["back"], x[:5], rtol=1e-9)
         np.testing.assert_allclose(names["log_q"], flow.log_prob(names["points"]), rtol=1e-9)
+    elif heading == "Weighted rows, and densities given something else":
+        assert names["weighted"].sample(20_000, 0)[:, 2].std() == pytest.approx(10 / np.sqrt(2), rel=0.1)
+        expected = -np.log(2 * np.pi * np.e) - np.log(0.5 * 10.0)
+        mean = names["conditional"].log_prob(x[:, 1:], context=x[:, :1]).mean()
+        assert -0.25 < mean - expected < 0.1
     elif heading == "emcee":
         assert names["chain"].shape == (32 * 200, 3)
         assert 0.1 < names["sampler"].acceptance_fraction.mean() < 1
@@ -114,7 +117,6 @@ def check(heading: str, names: dict[str, Any]) -> None:
     elif heading == "nautilus and UltraNest":
         direct = np.log(np.mean(np.exp(-0.5 * ((flow.sample(200_000, 0)[:, 1] - 6.0) / 0.5) ** 2)))
         assert abs(names["sampler"].log_z - direct) < 0.3
-        assert abs(names["result"]["logz"] - direct) < 4 * names["result"]["logzerr"]
     elif heading == "SciPy":
         assert names["mode"].fun <= -flow.log_prob(x).max() + 0.5
     elif heading == "Numba":
@@ -157,6 +159,6 @@ def test_example(name: str) -> None:
 
 
 def test_every_example_is_run() -> None:
-    """vae_digits is run by .ci/run with few epochs, banana is what the others import."""
+    """vae_digits and custom_coupling are run by .ci/run with few epochs, banana is what the others import."""
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert scripts - {"vae_digits", "banana"} == EXAMPLES.keys()
+    assert scripts - {"vae_digits", "custom_coupling", "banana"} == EXAMPLES.keys()

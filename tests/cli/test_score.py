@@ -128,6 +128,35 @@ def test_contexts_go_with_their_rows(folder: Path, monkeypatch: pytest.MonkeyPat
     assert any(np.array_equal(found.samples, one) for one in drawn)
 
 
+def test_weights_weigh_the_mean_and_the_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = np.random.default_rng(2).exponential(size=N)
+    with h5py.File("table.h5", "r+") as file:
+        file["w"] = weight
+    words = ["table-run.h5", "--data", "table.h5", "--weights", "/w", "--overwrite"]
+    found = scored(*words, "--out", "s.h5", "--plot", "figures", capsys=capsys)
+    assert "figures/weights.png" in found["figures"]
+    with h5py.File("s.h5") as out:
+        values = out["log_prob"][()]
+    kept = np.isfinite(values)
+    mean = np.average(values[kept], weights=weight[kept])
+    assert found["mean"] == pytest.approx(mean, rel=1e-12)
+    assert abs(mean - values[kept].mean()) > 1e-3
+    # A ratio of two sums over rows (Cochran 1977, section 6.3).
+    n, gaps = kept.sum(), weight[kept] * (values[kept] - mean)
+    assert found["standard_error"] == pytest.approx(np.sqrt(n / (n - 1) * (gaps**2).sum()) / weight[kept].sum())
+
+
+def test_rows_and_columns_are_chosen(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("table.h5", "r+") as file:
+        file["wide"] = np.hstack([file["clean"][()], np.zeros((N, 1))])
+    words = ["--data", "table.h5:/wide", "--columns", "3,2,1,0", "--select", "100:150"]
+    found = scored("table-run.h5", *words, "--out", "s.h5", "--plot", "page.pdf", capsys=capsys)
+    assert (found["rows"], found["figures"]) == (50, ["page.pdf"])
+    with h5py.File("table.h5") as file, h5py.File("s.h5") as out:
+        expected = load("table-run.h5").log_prob(file["clean"][100:150, ::-1])
+        np.testing.assert_allclose(out["log_prob"][()], expected, rtol=1e-12)
+
+
 def test_recorded_columns_get_their_noise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As in training: a value recorded in steps stands for an interval."""
     x = np.round(np.random.default_rng(5).normal(size=(400, D)), 1)
@@ -172,6 +201,10 @@ def test_statistics_of_rows_without_numbers() -> None:
     assert np.isnan(nothing.standard_error)
     nothing.add(np.array([-1e300]))
     assert (nothing.minimum_row, nothing.standard_error) == (3, np.inf)
+    weighted = Scored("x", 0, 1)
+    weighted.add(np.array([-1.0, -2.0]), np.zeros(2))
+    weighted.add(np.array([-1.0, -4.0]), np.array([1.0, 2.0]))
+    assert (weighted.mean, weighted.minimum) == (-3.0, -4.0)
 
 
 def test_memory_does_not_grow_with_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

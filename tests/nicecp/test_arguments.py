@@ -50,7 +50,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: small().log_prob(TABLE.astype(object)), "dtype object: pass numbers only"),
     (lambda: fit(small(), TABLE + 0j), "dtype complex128: pass real and imaginary parts"),
     (lambda: small().log_prob([["a"] * 4]), "dtype <U1$"),
-    (lambda: check_gradients("flow", TABLE), "flow must be a NICE, got 'flow'"),  # type: ignore[arg-type]
+    (lambda: check_gradients("flow", TABLE), "flow must be a NICE or a ModelSpec, got 'flow'"),  # type: ignore[arg-type]
 ]
 
 

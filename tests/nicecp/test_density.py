@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from nicecp.transforms import Angle, Log, Logit, Quantile
 from tests import gates
 from tests.nicecp.test_point import zca
 
+ROOT = Path(__file__).resolve().parents[2]
 D = 4
 
 
@@ -197,21 +201,52 @@ def trained() -> NICE:
     return flow
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+POOLS = """
+import multiprocessing, sys
+import numpy as np
+import nicecp
+
+def chain(log_prob, seed):
+    rng, x = np.random.default_rng(seed), np.zeros(4)
+    here, states = log_prob(x), []
+    for _ in range(60):
+        there = x + 0.5 * rng.standard_normal(4)
+        value = log_prob(there)
+        if np.log(rng.random()) < value - here:
+            x, here = there, value
+        states.append([*x, here])
+    return np.array(states)
+
+if __name__ == "__main__":
+    rows = np.random.default_rng(1).normal(size=(400, 4))
+    flow = nicecp.NICE(4, (16,), 3, threads=2, init="he")
+    nicecp.fit(flow, rows, epochs=1, batch_size=100)  # by two threads, before there is a pool
+    tasks = [(target, seed) for target in (flow.log_prob, flow.njit_log_prob()) for seed in (1, 2)]
+    serial = [chain(*task) for task in tasks]
+    assert np.array_equal(serial[0], serial[2])
+    assert not np.array_equal(serial[0], serial[1])
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        found = pool.starmap_async(chain, tasks).get(timeout=60)
+        points = pool.map(flow.log_prob, rows[:20])
+    for one, other in zip(found, serial, strict=True):
+        assert np.array_equal(one, other)
+    assert points == [flow.log_prob(row) for row in rows[:20]]
+    print("the same bits")
+"""
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_chains_in_worker_processes_are_the_serial_ones(trained: NICE, method: str) -> None:
+def test_chains_in_worker_processes_are_the_serial_ones(tmp_path: Path, method: str) -> None:
+    """Of a flow that was trained in the parent, as a program's own pool computes them."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
-    compiled = trained.njit_log_prob()
-    targets = [trained.log_prob, compiled]
-    serial = [chain(target, seed) for target in targets for seed in (1, 2)]
-    np.testing.assert_array_equal(serial[0], serial[2])
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        found = [pool.apply_async(chain, (target, seed)) for target in targets for seed in (1, 2)]
-        for result, expected in zip(found, serial, strict=True):
-            np.testing.assert_array_equal(result.get(timeout=120), expected)
-        many = pool.map(trained.log_prob, rows(20))
-    np.testing.assert_array_equal(many, [trained.log_prob(row) for row in rows(20)])
+    program = tmp_path / "pools.py"
+    program.write_text(POOLS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-W", "ignore", str(program), method]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the same bits\n"
 
 
 def test_points_from_four_threads_are_the_serial_ones(trained: NICE) -> None:

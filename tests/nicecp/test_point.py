@@ -9,15 +9,17 @@ import pickle
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
-from numba.core.errors import NumbaWarning
+from numba.core.errors import NumbaWarning, TypingError
 
 from nicecp import spline
+from nicecp.context import Context
 from nicecp.flow import NICE
 from nicecp.preprocessing import Dequantize, Standardize, Step, Triangular, Zca, undo_steps
 from nicecp.transforms import Angle, Log, Logit, Quantile, Recorded, Student
@@ -103,7 +105,7 @@ def test_a_point_has_the_log_density_of_the_oracle(case: str) -> None:
         assert isinstance(found, float)
         assert found == pytest.approx(value, rel=tolerance, abs=tolerance)
         assert found == flow.log_prob(row) == in_c(len(row), row.ctypes.data_as(ctypes.POINTER(ctypes.c_double)))
-    np.testing.assert_array_equal(flow.log_prob(x), [log_prob(row) for row in x])
+    np.testing.assert_array_equal(flow.log_prob(x[:7]), [log_prob(row) for row in x[:7]])
 
 
 def test_compiled_code_calls_it() -> None:
@@ -132,6 +134,42 @@ def test_arrays_of_other_kinds() -> None:
     assert log_prob(x[0][::-1].copy()[::-1]) == log_prob(x[0])
     assert log_prob(fixed) == log_prob(x[0])
     assert flow.log_prob(wide[:, 1]) == flow.log_prob(fixed) == flow.log_prob(list(x[0])) == log_prob(x[0])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_context_comes_second_and_in_c_behind_the_point(dtype: str) -> None:
+    spec = gates.make_spec(D, ((7, 6),) * 3, "logistic", dtype, laws=("affine",))
+    spec = replace(spec, n_context=2)
+    scale = Context(np.array([1.0, -2.0]), np.array([0.5, 3.0]))
+    parameters = gates.draw_parameters(spec)
+    flow = NICE.from_spec(spec, parameters, gates.standardize(D), context=scale)
+    x, given = np.random.default_rng(1).normal(size=(2, 9, D))[0], np.random.default_rng(2).normal(size=(9, 2))
+    tolerance = 1e-12 if dtype == "float64" else 2e-6
+    log_prob, in_c = flow.njit_log_prob(), flow.cfunc().ctypes
+    few, flow._few = flow._few, 0
+    expected, one_given = flow.log_prob(x, given), flow.log_prob(x, given[0])
+    flow._few = few
+    assert not np.allclose(expected, one_given)
+    np.testing.assert_allclose([log_prob(*pair) for pair in zip(x, given, strict=True)], expected, rtol=tolerance)
+    np.testing.assert_allclose(flow.log_prob(x, given), expected, rtol=tolerance)
+    np.testing.assert_allclose(flow.log_prob(x, given[0]), one_given, rtol=tolerance)
+    np.testing.assert_allclose(flow.log_prob(x[:4], given[:4]), expected[:4], rtol=tolerance)
+    np.testing.assert_allclose(flow.log_prob(x[:4], given[0]), one_given[:4], rtol=tolerance)
+    whole = np.concatenate([x[3], given[3]])
+    address = whole.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
+    assert in_c(D + 2, address) == log_prob(x[3], given[3]) == pickle.loads(pickle.dumps(log_prob))(x[3], given[3])
+    assert np.isnan(in_c(D, address))
+    for bad in (np.nan, np.inf):
+        assert np.isnan(log_prob(x[0], np.array([0.0, bad])))
+        assert np.isnan(flow.log_prob(x[0], np.array([0.0, bad])))
+    with pytest.raises(ValueError, match="context must have length 2"):
+        log_prob(x[0], given[0, :1])
+
+
+@pytest.mark.parametrize("x", [np.zeros(D, np.float32), np.zeros(D, np.int64), np.zeros((D, 1))])
+def test_arrays_that_would_be_misread_are_refused(x: Any) -> None:
+    with pytest.raises(TypingError, match="1-D arrays of float64"):
+        make()[0].njit_log_prob()(x)
 
 
 # --- what is no number ----------------------------------------------------------------------------------------------
@@ -225,7 +263,7 @@ def test_transforms_agree_with_those_of_rows_everywhere(kind: str) -> None:
     x = np.zeros((len(places), D))
     x[:, 0], x[:, column] = -2.0, places
     log_prob = flow.njit_log_prob()
-    expected = gates.log_prob_of_many(flow, x)
+    expected = gates.log_prob_by_backend(flow, x)
     np.testing.assert_allclose([log_prob(row) for row in x], expected, rtol=1e-11)
     np.testing.assert_allclose(flow.log_prob(x), expected, rtol=1e-11)
     assert np.isinf(expected).any() == (kind in ("log", "logit"))
