@@ -67,7 +67,7 @@ def test_two_ranks_train_as_one(folder: Path) -> None:
     assert re.search(r"device: cpu, 1 thread, .*, 2 ranks, \w", out)
     assert int(load_state(folder / "two.state.h5")[2].state[Slot.STEP]) == 50
     one, two = load(folder / "one.h5"), load(folder / "two.h5")
-    gates.assert_near(two.flat, one.flat, 1e-12, "parameters")  # measured: 2e-16
+    gates.assert_near(two.flat, one.flat, 1e-12, "parameters")
     assert load_run(folder / "two.h5")[1].versions["ranks"] == "2"  # type: ignore[union-attr]
 
 
