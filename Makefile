@@ -23,3 +23,6 @@ bench:
 	$(PYTHON) benchmarks/train_cpu.py --case small
 	$(PYTHON) benchmarks/latency.py
 	$(PYTHON) benchmarks/startup.py
+	$(PYTHON) benchmarks/depth.py
+	$(PYTHON) benchmarks/streaming.py
+	$(PYTHON) benchmarks/scaling.py check

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ sys.path[0] = str(ROOT)
 
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, peak_memory
 from nicecp.flow import NICE
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Purpose
@@ -42,11 +41,6 @@ def spec_of(couplings: int, law: str = "additive", dtype: str = "float32") -> Mo
     return ModelSpec(FEATURES, alternating(HIDDEN, couplings, law), "gaussian", dtype)
 
 
-def peak() -> float:
-    """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 2**10)
-
-
 def trainer_of(couplings: int, batch: int, law: str, kind: str) -> Trainer:
     flow = NICE.from_spec(spec_of(couplings, law), init="he", backend=get_backend("cpu", 1))
     data = np.random.default_rng(0).normal(size=(4 * batch, FEATURES)).astype(np.float32)
@@ -57,12 +51,12 @@ def trainer_of(couplings: int, batch: int, law: str, kind: str) -> Trainer:
 def serve(couplings: int, batch: int, law: str, kind: str) -> None:
     """A process of its own: its memory, then seconds of so many steps for every number that it is given."""
     trainer_of(4, 8, law, kind).step()  # compiled code, BLAS's buffers
-    before = peak()
+    before = peak_memory()
     trainer = trainer_of(couplings, batch, law, kind)
     with trainer.backend.computing():
         for _ in range(2):
             trainer.step()
-        print(peak() - before, flush=True)
+        print((peak_memory() - before) / MIB, flush=True)
         for line in sys.stdin:
             began = time.perf_counter()
             for _ in range(int(line)):

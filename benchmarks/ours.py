@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -14,23 +13,12 @@ import nicecp
 from benchmarks.cases import BETA1, BETA2, EPSILON, RATE, SEED, Case
 from benchmarks.machine import versions
 from nicecp.kernels.backend import Purpose, Slot
-from nicecp.kernels.numba_backend import NumbaBackend
-from nicecp.kernels.tape import Op, Tape
 from nicecp.optimizers import AdaM
 from nicecp.preprocessing import Dequantize, Standardize
+from nicecp.profile import profile_step
 from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import TrainConfig, Trainer
-
-PARTS = {  # part of the step -> its calls on the tape
-    "matrix products, bias and ReLU": (Op.DENSE_FORWARD, Op.DENSE_BACKWARD),
-    "update": (Op.UPDATE,),
-    "mask and bias gradients": (Op.BIAS_RELU_BACKWARD,),
-    "prior and loss": (Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD, Op.LOSS),
-    "loading": (Op.LOAD_BYTES, Op.LOAD_FLOATS),
-    "couplings": (Op.COUPLE,),
-    "barriers": (),
-}
 
 
 def make_trainer(case: Case, device: str, threads: int, precision: str = "full") -> Trainer:
@@ -87,23 +75,8 @@ class Ours:
 
     def breakdown(self, steps: int) -> dict[str, float]:
         """Seconds per step of every part on its own and of all together: threads do different parts side by side."""
-        trainer = self.trainer
-        backend = trainer.backend
-        assert isinstance(backend, NumbaBackend)
-        whole = backend.write_down(trainer._step)
-        seconds = {}
-        for name, calls in [*PARTS.items(), ("all", tuple(range(64)))]:
-            rows = [row for row in whole.rows if row[0] in (Op.BARRIER, *calls)]
-            run = backend.player(Tape(rows, whole.arrays, whole.work, whole.dtype))
-            taken = []
-            with backend.computing():
-                for _ in range(steps + 1):  # the first one warms up
-                    trainer.state[Slot.CURSOR] = trainer.state[Slot.SKIP] = 0
-                    start = perf_counter()
-                    run()
-                    taken.append(perf_counter() - start)
-            seconds[name] = median(taken[1:])
-        return seconds
+        pace = self.run(1)
+        return {part.name: part.seconds for part in profile_step(self.trainer, steps * pace)}
 
     def about(self) -> dict[str, Any]:
         return {"threads": self.threads, "nicecp": nicecp.__version__, **versions("numpy", "numba")}

@@ -15,10 +15,11 @@ from typing import Any
 import click
 
 from nicecp import __version__
-from nicecp.cli.console import abandon, messages, note
+from nicecp.cli.console import abandon, messages, note, silence
 from nicecp.cli.options import debug_option
 from nicecp.cli.stops import INTERRUPTED
 from nicecp.errors import NicecpError
+from nicecp.parallel import launched
 
 # Command -> module, function, and its line in the listing.
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
     "doctor": ("nicecp.cli.doctor", "doctor", "What this machine offers, and whether it computes rightly."),
     "data": ("nicecp.cli.data", "data", "Convert data to the HDF5 files that training reads."),
 }
+SHARED = ("train", "evaluate", "score", "sample")  # what several processes do together
 EXAMPLES = """\b
 Examples:
   nicecp train --data demo                      a first flow, in about a minute
@@ -83,6 +85,8 @@ def cli() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line -> its exit code."""
     debug = "--debug" in arguments
+    if launched()[1] > 0 and not set(SHARED) & set(arguments[:1]):
+        return 0  # one of the processes that a launcher has started does it
     try:
         # Not cli.main: it would print a line of its own for an interrupt and end quietly where a pipe is closed.
         with messages(debug), cli.make_context("nicecp", arguments) as ctx:
@@ -92,9 +96,22 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as ending:  # --help and --version
         return ending.exit_code
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return _report(error)
+        return _failed(error, debug)
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Say what went wrong -> the exit code; of several ranks one says it, and all end."""
+    from nicecp import parallel
+
+    alike = parallel.failed_alike()
+    if alike and parallel.launched()[1] > 0:
+        silence(errors=True)
+    elif debug:
+        traceback.print_exc()
+    code = _report(error)
+    if not alike:
+        parallel.end_all(code)
+    return code
 
 
 def _report(error: Exception) -> int:
@@ -141,5 +158,5 @@ def _sentence(message: str) -> str:
 
 def fail(message: str, code: int = USAGE_ERROR) -> int:
     """One line on standard error -> the exit code."""
-    note(f"nicecp: error: {' '.join(message.split())}")
+    note(f"nicecp: error: {' '.join(message.split())}", error=True)
     return code

@@ -15,6 +15,19 @@ import click
 
 # A progress bar, while there is one, registers how to get out of the way of a line.
 around_line: list[Callable[[Callable[[], None]], None]] = []
+_quiet = 0  # 1: errors alone are shown, 2: nothing
+
+
+def silence(errors: bool = False) -> None:
+    """From here on this process, one of several, leaves it to rank 0 to show things; ``errors`` of its own, too."""
+    global _quiet
+    if not _quiet:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lasts)
+    _quiet = 2 if errors else 1
+
+
+def is_silent() -> bool:
+    return _quiet > 0
 
 
 class _OneLine(logging.Handler):
@@ -32,8 +45,10 @@ class _OneLine(logging.Handler):
         note(line)
 
 
-def note(line: str) -> None:
+def note(line: str, error: bool = False) -> None:
     """A line on standard error, above the progress bar if there is one; a terminal that has gone does not matter."""
+    if _quiet > error:
+        return
 
     def write() -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.console import table
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, row_options
+from nicecp.cli.options import (
+    SEED,
+    beside_options,
+    command,
+    data_name,
+    json_option,
+    machine_options,
+    memory_option,
+    row_options,
+)
 
 if TYPE_CHECKING:
     from nicecp.baselines import Baseline
@@ -20,6 +29,7 @@ EXAMPLES = """\
   nicecp evaluate run.h5 --data mnist.h5 --split valid
   nicecp evaluate run.h5 --data other.h5:/measurements --json
   nicecp evaluate run.h5 --data mnist.h5 --compare
+  mpirun -n 4 nicecp evaluate run.h5 --data big.h5
   nicecp evaluate run.h5 --data other.h5 --context other.h5:/ctx
 """
 
@@ -43,6 +53,7 @@ EXAMPLES = """\
     help="Beside it a full-covariance Gaussian fitted to the training rows, factor analysis and a mixture where "
     "scikit-learn is installed, and the paper's numbers for its data sets.",
 )
+@memory_option
 @beside_options("where the run had it; none: without")
 @row_options
 @machine_options
@@ -53,6 +64,7 @@ def evaluate(
     split: str,
     seed: int | None,
     comparing: bool,
+    memory_limit: int | None,
     context: str | None,
     weights: str | None,
     device: str,
@@ -66,14 +78,16 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    from nicecp.cli.ranks import join
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.data_spec import spec_of
     from nicecp.scoring import score
 
+    ranks = join()
     spec = spec_of(data, context=context, weights=weights, **used)
-    result = score(checkpoint, spec, split, seed, device, threads, precision)
+    result = score(checkpoint, spec, split, seed, device, threads, precision, ranks, memory_limit)
     others = []
-    if comparing:
+    if comparing and ranks.rank == 0:
         from nicecp.baselines import compare
 
         others = compare(checkpoint, spec, split, seed, device, threads, precision)

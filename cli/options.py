@@ -56,12 +56,13 @@ def interval(text: str) -> tuple[float, int | None]:
 
 
 def byte_size(text: str) -> int:
-    """Bytes of '8GiB', '500MB' or '2000000'."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")) if found else 0
-    if not 0 < size < 2**50:
-        raise click.BadParameter(f"{text!r} is not a size such as 8GiB or 500MB")
-    return size
+    """Bytes of '8GiB', '500 MB', '2g' (GiB), or a plain number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(b|ib?)?|b)?\s*", text.lower())
+    power = "kmgt".index(found[2]) + 1 if found is not None and found[2] else 0
+    number = float(found[1]) * (1000.0 if found[3] == "b" else 1024.0) ** power if found is not None else 0.0
+    if not 1 <= number < 2**60:
+        raise click.BadParameter(f"{text!r} is not a size such as 4GiB, 500MB or 2g")
+    return int(number)
 
 
 def value_range(text: str) -> tuple[float, float]:
@@ -116,6 +117,17 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on standard output.")(
         command
     )
+
+
+def memory_option(function: F) -> F:
+    """--memory-limit."""
+    return click.option(
+        "--memory-limit",
+        type=byte_size,
+        metavar="SIZE",
+        show_default="none",
+        help="Memory that the process may take, such as 4GiB: of larger data fewer rows are in memory at a time.",
+    )(function)
 
 
 def beside_options(default: str) -> Callable[[F], F]:

@@ -11,6 +11,7 @@ from nicecp.cli.options import SEED, command, data_name, machine_options, number
 EXAMPLES = """\
   nicecp sample run.h5 -n 100 --out digits.png
   nicecp sample run.h5 -n 10000 --seed 1 --out samples.h5
+  mpirun -n 4 nicecp sample run.h5 -n 1000000 --out samples.h5
   nicecp sample run.h5 -n 30 --columns-of-grid 10 --out row.png --overwrite
   nicecp sample run.h5 -n 1000 --context 0.5,1 --out at.h5         (a flow with a context)
   nicecp sample run.h5 --context points.h5:/ctx --out each.h5      (a sample for each row)
@@ -61,7 +62,9 @@ def sample(
     FILE.h5 gets the dataset samples (n, d) in data space, context (n, k) if there is one and, for 8-bit data, images
     (n, height, width[, 3]) of bytes; FILE.png a grid of the images.
     """
+    from nicecp.cli.ranks import join
     from nicecp.samples import write_samples
 
-    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, device, threads, context, precision)
+    where = (device, threads, context, precision, join())
+    written = write_samples(checkpoint, out, n, seed, overwrite, columns_of_grid, *where)
     click.echo(f"{out}: {written.rows:,} samples of {written.features} features, seed {written.seed}")

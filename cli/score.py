@@ -10,14 +10,24 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from nicecp.cli.console import plural
-from nicecp.cli.options import SEED, beside_options, command, data_name, json_option, machine_options, row_options
+from nicecp.cli.console import is_silent, plural
+from nicecp.cli.options import (
+    SEED,
+    beside_options,
+    command,
+    data_name,
+    json_option,
+    machine_options,
+    memory_option,
+    row_options,
+)
 from nicecp.cli.progress import is_terminal
 from nicecp.describe import plain
 
 EXAMPLES = """\
   nicecp score run.h5 --data table.h5 --out scores.h5
   nicecp score run.h5 --data events.h5:/run7/muons --out scores.h5 --plot figures
+  mpirun -n 4 nicecp score run.h5 --data big.h5 --out scores.h5
   nicecp score run.h5 --data chain.h5:/posterior --weights weight --out scores.h5 --plot fit.pdf
   nicecp score mnist-run.h5 --data mnist.h5 --draws 16 --out scores.h5
 """
@@ -26,7 +36,7 @@ EXAMPLES = """\
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[int, int], object] | None]:
     """A progress bar on a terminal; nothing in a pipe."""
-    if not is_terminal(sys.stderr):
+    if is_silent() or not is_terminal(sys.stderr):
         yield None
         return
     from tqdm import tqdm
@@ -68,6 +78,7 @@ def _bar() -> Iterator[Callable[[int, int], object] | None]:
     "latent quantiles, log-densities, and the weights of rows that have them. In a folder, or as one page.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@memory_option
 @beside_options("where the run had it; none: without")
 @row_options
 @machine_options
@@ -82,6 +93,7 @@ def score(
     overwrite: bool,
     context: str | None,
     weights: str | None,
+    memory_limit: int | None,
     device: str,
     threads: int | None,
     precision: str | None,
@@ -94,9 +106,11 @@ def score(
     -inf for rows that are infinite or outside the flow's support. Data of any size go through in blocks. Rows with
     weights count by them in the mean that is printed and in the figures.
     """
+    from nicecp.cli.ranks import join
     from nicecp.data_spec import spec_of
     from nicecp.score_file import score_file
 
+    ranks = join()
     spec = spec_of(data, context=context, weights=weights, **used)
     if plot is not None:
         from nicecp.score_plots import check_plots
@@ -105,10 +119,10 @@ def score(
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,
-            precision=precision, progress=progress,
+            precision=precision, progress=progress, communicator=ranks, memory_limit=memory_limit,
         )  # fmt: skip
     figures: list[str] = []
-    if plot is not None:
+    if plot is not None and ranks.rank == 0:
         from nicecp.score_plots import plot_scores
 
         figures = plot_scores(checkpoint, spec, plot, scored.seed, overwrite, device, threads, precision)

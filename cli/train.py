@@ -19,6 +19,7 @@ from nicecp.cli.options import (
     json_option,
     laws,
     machine_options,
+    memory_option,
     row_options,
     value_range,
 )
@@ -40,6 +41,7 @@ EXAMPLES = """\
   nicecp train --data cifar10.h5 --preset cifar10 --dry-run
   nicecp train --data chain.h5 --weights w --out posterior.h5          (MCMC, nested sampling)
   nicecp train --data table.h5 --context mass,age --out given.h5       (p(other columns | mass, age))
+  mpirun -n 4 nicecp train --data big.h5 --out big-run.h5
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
 """
@@ -204,6 +206,7 @@ def _number_options(function: Any) -> Any:
     "again (same bits, a third more work). recompute: the output, couplings are inverted: memory that does not grow "
     "with depth; checked every epoch.",
 )
+@memory_option
 @beside_options("none")
 @row_options
 @machine_options
@@ -231,6 +234,9 @@ def _number_options(function: Any) -> Any:
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Print model, memory, operations and time, and write nothing.")
+@click.option(
+    "--profile", is_flag=True, help="Print where a step's time goes, by kind of call, and write nothing (CPU)."
+)
 @json_option
 def train(
     data: str | None,
@@ -252,6 +258,7 @@ def train(
     keep: int,
     overwrite: bool,
     dry_run: bool,
+    profile: bool,
     as_json: bool,
     **given: Any,
 ) -> int:
@@ -264,8 +271,8 @@ def train(
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
-    if resume is not None and dry_run:
-        raise click.UsageError("--dry-run is for new runs: leave --resume out")
+    if resume is not None and (dry_run or profile):
+        raise click.UsageError(f"--{'dry-run' if dry_run else 'profile'} is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
@@ -289,20 +296,25 @@ def train(
     run: Run | None = None
     try:
         from nicecp.cli import training
+        from nicecp.cli.ranks import join
         from nicecp.data_spec import spec_of
         from nicecp.partition import order_from_file
         from nicecp.run import Run
 
+        settings["communicator"] = join()
         if partition_file is not None:
             settings |= {"partition": "permutation", "order": order_from_file(partition_file)}
         spec = spec_of(data, context=context, weights=weights, **rows)
         if resume is not None:
             run = Run.resume(resume, data=spec, allow_changed_data=allow_changed_data, **settings)
         else:
-            run = Run.start(spec, None if dry_run else out or "run.h5", overwrite=overwrite, **settings)
+            run = Run.start(spec, None if dry_run or profile else out or "run.h5", overwrite=overwrite, **settings)
         with run:
             if dry_run:
                 training.show_plan(run, as_json)
+            if profile:
+                training.show_profile(run, as_json)
+            if dry_run or profile:
                 return 0
             return training.carry_out(run, as_json)
     except ValueError as error:
@@ -310,8 +322,11 @@ def train(
             raise
         raise type(error)(in_options(str(error))) from error
     except KeyboardInterrupt as stop:
+        from nicecp.parallel import end_all
+
         what, code = describe_stop(stop)
         note(f"nicecp: error: {what} {_what_is_saved(run)}")
+        end_all(code)
         return code
 
 
@@ -334,11 +349,21 @@ _NAMES = (
     "partition",
     "schedule",
     "weight_decay",
+    "transform",
 )
 _OPTIONS["order"] = "--partition-file"
 _OPTIONS |= {
     name: "--" + name.replace("_", "-")
-    for name in (*_NAMES, "valid_fraction", "whiten", "regularization", "logit", "activations", "transform")
+    for name in (
+        *_NAMES,
+        "valid_fraction",
+        "whiten",
+        "regularization",
+        "logit",
+        "activations",
+        "transform",
+        "memory_limit",
+    )
 }
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -17,9 +17,11 @@ from nicecp.evaluate import Evaluation
 from nicecp.machine import as_bytes, blas_version
 from nicecp.outcome import Outcome
 from nicecp.plan import cost_of_run, time_steps
+from nicecp.profile import profile_step
 from nicecp.run import Run
 
 OUTPUT_FAILED = 2
+PROFILE_SECONDS = 1.0  # for each part of a step
 
 
 def carry_out(run: Run, as_json: bool) -> int:
@@ -65,12 +67,18 @@ def beginning(run: Run) -> list[str]:
         f"data: {source_line(run.splits.train.source)}; {splits_line(run.splits)}",
         f"model: {model_line(run.flow.spec)}; preset {settings.preset}, {settings.optimizer.kind}, "
         f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
-        f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}",
+        f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}{_ranks(run)}",
     ]
     lines += [f"column {event.message}" for event in run.trainer.record.events if event.kind == "transform"]
     if run.resumed:
         lines.append(f"resumed after {_position(run)} of the next")
     return lines
+
+
+def _ranks(run: Run) -> str:
+    """', 4 ranks, Open MPI 5.0' where there are several."""
+    about = run.communicator.describe()
+    return f", {about}" if about else ""
 
 
 def _position(run: Run) -> str:
@@ -89,6 +97,7 @@ def start_json(run: Run) -> dict[str, Any]:
         "settings": run.settings.to_json(),
         "device": run.flow.backend.device,
         "threads": run.trainer.record.threads,
+        "ranks": run.communicator.size,
         "versions": run.trainer.record.versions,
         "resumed_after_epoch": run.trainer.record.epoch if run.resumed else None,
         "out": run.out,
@@ -173,6 +182,28 @@ def outcome_json(run: Run, outcome: Outcome, already: bool) -> dict[str, Any]:
 def short_time(seconds: float) -> str:
     """'12.3 ms', '2.72 s'."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s" if seconds < 100 else clock(seconds)
+
+
+def show_profile(run: Run, as_json: bool) -> None:
+    """Where a step's time goes."""
+    parts = profile_step(run.trainer, PROFILE_SECONDS)
+    output = Output()
+    if as_json:
+        about = {"event": "profile", "model": model_line(run.flow.spec), "threads": run.trainer.record.threads}
+        output.line(json.dumps({**about, "parts": [asdict(part) for part in parts]}))
+        return
+    for line in beginning(run):
+        output.line(line)
+    whole = parts[-1].seconds
+    rows = []
+    for part in parts:
+        rate = f"  {part.flops / part.seconds / 1e9:.3g} GFLOP/s" if part.flops else ""
+        rate += f"  {part.bytes / part.seconds / 1e9:.3g} GB/s updated" if part.bytes else ""
+        share = f"{part.seconds / whole:6.1%}"
+        rows.append((part.name, f"{short_time(part.seconds):>9}  {share}  {plural(part.calls, 'call'):>9}{rate}"))
+    output.line(table(rows))
+    if run.trainer.record.threads > 1:
+        output.line("  threads do different parts side by side: these add up to more than the whole")
 
 
 def show_plan(run: Run, as_json: bool) -> None:

@@ -179,7 +179,7 @@ class DeviceRows:
                 if log_det is not None:
                     log_det[...] = constant if call.ws.log_det is None else call.ws.log_det + constant
 
-    def sample(self, n: int, seed: int, context: NDArray[Any] | None) -> NDArray[np.float64]:
+    def sample(self, n: int, seed: int, context: NDArray[Any] | None, first: int = 0) -> NDArray[np.float64]:
         """(n, d) samples as a NumPy array: NICE.sample's, with the latents drawn and inverted on the device."""
         flow, backend = self._flow, self._flow.backend
         fill = backend.fill_logistic if flow.spec.prior == "logistic" else backend.fill_normal
@@ -187,7 +187,7 @@ class DeviceRows:
         for start in range(0, n, CHUNK):
             part = out[start : start + CHUNK]
             h, x = (backend.alloc(part.shape, np.float64) for _ in range(2))
-            fill(h, seed, Purpose.SAMPLE, 0, start)
+            fill(h, seed, Purpose.SAMPLE, 0, first + start)
             self._invert(x, None, h, context, slice(start, start + len(part)), 0.0)
             part[...] = backend.copy_out(x)
         return out

@@ -37,6 +37,10 @@ class TrainingError(NicecpError, RuntimeError):
     """Training cannot start or cannot go on (settings, non-finite numbers)."""
 
 
+class ParallelError(NicecpError, RuntimeError):
+    """Several processes that cannot work together: names the reason and what to install or change."""
+
+
 class MissingExtra(NicecpError, ImportError):
     """Something optional that is not installed: names the command that installs it."""
 

@@ -15,12 +15,15 @@ from nicecp.extras import Extras, check_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Slot
 from nicecp.loading import Loader
+from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
 from nicecp.preprocessing import Dequantize, Step
 from nicecp.presented import log_dets, presented
 from nicecp.split import SequentialReader, Split, Window
+from nicecp.stream import read_ahead
 
 BATCH = 1000  # rows
+READ_ROWS = 2**16  # at a time, of splits with more; others stay in memory
 FloatArray = NDArray[np.float64]
 
 
@@ -76,20 +79,31 @@ def check_kind(flow: NICE, split: Split) -> None:
 
 
 class PresentedRows:
-    """A split's rows as batches for a flow, and what transforms of single columns add to each row's log-density."""
+    """A split's rows as batches for a flow, and what transforms of single columns add to each row's log-density.
 
-    def __init__(self, steps: tuple[Step, ...], split: Split) -> None:
-        self._steps, self._split = steps, split
+    read_rows, share : see nicecp.split.SequentialReader
+    """
+
+    def __init__(self, steps: tuple[Step, ...], split: Split, read_rows: int, share: tuple[int, int]) -> None:
+        self._steps, self._split, self._how = steps, split, (read_rows, share)
         self._seed = -1  # of the noise in the readers
         self._readers: tuple[SequentialReader, SequentialReader | None] | None = None
+
+    def begin(self, batch_size: int) -> int:
+        """The number, within the split, of the first row of the share."""
+        return SequentialReader(self._split, batch_size, *self._how).begin
 
     def windows(self, seed: int, batch_size: int) -> Iterator[tuple[Window, FloatArray | None]]:
         """Windows of batches in file order, and (rows,) log-determinants of each one's rows, None if all are 0."""
         if self._readers is None or seed != self._seed:
             dets = log_dets(self._split, self._steps, seed)
-            rows = SequentialReader(presented(self._split, self._steps, seed), batch_size)
-            self._seed, self._readers = seed, (rows, None if dets is None else SequentialReader(dets, batch_size))
-        rows, own = self._readers
+            rows = SequentialReader(presented(self._split, self._steps, seed), batch_size, *self._how)
+            own = None if dets is None else SequentialReader(dets, batch_size, *self._how)
+            self._seed, self._readers = seed, (rows, own)
+        return self._paired(*self._readers) if self._readers[0].resident else read_ahead(self._paired(*self._readers))
+
+    @staticmethod
+    def _paired(rows: SequentialReader, own: SequentialReader | None) -> Iterator[tuple[Window, FloatArray | None]]:
         if own is None:
             for window in rows:
                 yield window, None
@@ -99,14 +113,27 @@ class PresentedRows:
 
 
 class Evaluator:
-    """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch."""
+    """Scores one split again and again in one workspace, with fresh dequantization noise for every epoch.
 
-    def __init__(self, flow: NICE, split: Split, batch_size: int = BATCH) -> None:
+    Of several ranks each scores its share of the rows, and all have the result.
+    """
+
+    def __init__(
+        self,
+        flow: NICE,
+        split: Split,
+        batch_size: int = BATCH,
+        communicator: Communicator = ALONE,
+        read_rows: int = READ_ROWS,
+    ) -> None:
         check_fits(flow, split)
         if len(split) == 0:
             raise DataError(about_file(split.source.name, "no rows to evaluate", "use a file with rows"))
         self.flow, self.split, backend = flow, split, flow.backend
-        self._batch, self._rows = min(batch_size, len(split)), PresentedRows(flow.preprocessing, split)
+        self._communicator = communicator
+        share = communicator.rank, communicator.size
+        self._batch = min(batch_size, len(split))
+        self._rows = PresentedRows(flow.preprocessing, split, read_rows, share)
         self._ws = flow.network.workspace(self._batch, keep=False)
         self._state = backend.alloc(Slot.SIZE, np.float64)
         self._loader = Loader(flow, self._batch)
@@ -136,8 +163,8 @@ class Evaluator:
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
         """Log-density of every row in file order : (n,) float64, nats in data space."""
         backend, ws = self.flow.backend, self._ws
-        out = np.empty(len(self.split), np.float64)
-        offset, done = log_det(self.flow.preprocessing), 0
+        out = np.zeros(len(self.split), np.float64)
+        offset, done = log_det(self.flow.preprocessing), self._rows.begin(self._batch)
         for window, own in self._rows.windows(seed, self._batch):
             self._at(epoch, 0)
             recorded = self._recorded(window, views, seed)
@@ -149,6 +176,7 @@ class Evaluator:
                 done += len(part)
             if own is not None:
                 out[done - len(own) : done] += own
+        self._communicator.sum(out)
         return out
 
     def _at(self, epoch: int, batch: int) -> None:
@@ -205,11 +233,18 @@ def bits_per_dim(flow: NICE, mean: float) -> float | None:
     return None
 
 
-def evaluate(flow: NICE, split: Split, seed: int = 0, epoch: int = 0) -> Evaluation:
+def evaluate(
+    flow: NICE,
+    split: Split,
+    seed: int = 0,
+    epoch: int = 0,
+    communicator: Communicator = ALONE,
+    read_rows: int = READ_ROWS,
+) -> Evaluation:
     """Mean log-likelihood of a split under a flow.
 
     Raises DataError where the data do not fit the flow, or where a row's log-density is not finite.
     """
-    evaluator = Evaluator(flow, split)
+    evaluator = Evaluator(flow, split, communicator=communicator, read_rows=read_rows)
     with flow.backend.computing():
         return evaluator.run_checked(flow.network.layout.views(flow.flat), seed, epoch)

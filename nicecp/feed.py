@@ -1,17 +1,21 @@
-"""The rows of an epoch as arrays on the device: resident, a window at a time, or streamed in blocks.
+"""The rows of an epoch as arrays on the device: resident, in the reader's own buffers, or streamed in blocks.
 
-Streamed blocks go through two page-locked buffers on the host and two on the device: while the device computes on one,
-the next one is copied beside it, and a thread gathers the one after that. A block holds its rows in the order in which
-they are presented, so neither the shuffling nor any result depends on how large it is.
+On a CPU the device's memory is the host's: steps read the reader's windows where they are, and a StreamReader's thread
+fills one buffer while they compute on the other. On a GPU blocks are streamed: they go through two page-locked
+buffers on the host and two on the device: while the device computes on one, the next one is copied beside it, and a
+thread gathers the one after that. A block holds its rows in the order in which they are presented, so neither the
+shuffling nor any result depends on how large it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nicecp.kernels.backend import Array, Backend
 from nicecp.kernels.device_arrays import Upload
@@ -43,45 +47,61 @@ class Feed:
     def __init__(self, backend: Backend, reader: EpochReader, limit: int | None = None) -> None:
         self._backend, self._reader = backend, reader
         split = reader.split
-        row_bytes = split.source.n_features * split.source.dtype.itemsize
+        size, row_bytes = reader.rows_of_batch, split.source.n_features * split.source.dtype.itemsize
         self.streams = backend.device != "cpu" and (
             not reader.resident or (limit is not None and len(split) * (row_bytes + 16) > limit)  # with index and rows
         )
-        self._window: Window | None = None
         if self.streams:
-            batch_bytes = reader.batch_size * (row_bytes + 8)
+            batch_bytes = size * (row_bytes + 8)
             block_bytes = BLOCK_BYTES if limit is None else limit // 2
             if block_bytes < batch_bytes:
                 problem = f"device_memory_limit must hold two batches, {2 * batch_bytes:,} bytes, got {limit:,}"
                 raise ValueError(problem)
             self._block = min(block_bytes // batch_bytes, reader.n_batches)  # batches
             self._slots = [_Slot(backend, reader, self._block) for _ in range(2)]
-            self._order = backend.asarray(np.arange(self._block * reader.batch_size))
+            self._order = backend.asarray(np.arange(self._block * size))
             return
         # Steps read these two arrays at every window, so that a recorded step stays valid.
-        capacity = min(len(split), reader.window + reader.batch_size)
+        capacity = (min(len(split), reader.window + reader.batch_size) // reader.batch_size) * size
         self._index, self._rows = backend.alloc(capacity, np.int64), backend.alloc(capacity, np.int64)
-        self._data: Array = None
+        self._places: list[tuple[NDArray[Any], Array]] = []  # of windows' data, on the host and on the device
 
-    def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Fed]:
-        """The batches of an epoch from ``skip_batches`` on. What was fed is used up when the next one is asked for."""
+    def epoch(self, epoch: int, skip_batches: int = 0) -> Generator[Fed, None, None]:
+        """The batches of an epoch from ``skip_batches`` on. What was fed is used up when the next one is asked for.
+
+        An epoch that is left early must be closed before its reader is: a thread may be waiting for rows.
+        """
         windows = self._reader.epoch(epoch, skip_batches)
-        return self._streamed(windows) if self.streams else map(self._whole, windows)
+        return self._streamed(windows) if self.streams else self._in_place(windows)
 
-    def _whole(self, window: Window) -> Fed:
-        count, backend = len(window.index), self._backend
-        backend.copy_in(self._index[:count], window.index)
-        backend.copy_in(self._rows[:count], window.rows)
-        fresh = self._window is None or self._window.data is not window.data
-        if fresh:
-            self._data = None  # two windows at a time may be more than the device has
-            self._data = backend.asarray(window.data)
-        self._window = window
-        return Fed(self._data, self._index, self._rows, window.n_batches, 0, fresh)
+    # --- in place -----------------------------------------------------------------------------------------------------
+
+    def _in_place(self, windows: Iterator[Window]) -> Generator[Fed, None, None]:
+        backend = self._backend
+        for window in windows:
+            count = len(window.index)
+            backend.copy_in(self._index[:count], window.index)
+            backend.copy_in(self._rows[:count], window.rows)
+            slot, fresh = self._place(window.data)
+            yield Fed(self._places[slot][1], self._index, self._rows, window.n_batches, slot, fresh)
+
+    def _place(self, data: NDArray[Any]) -> tuple[int, bool]:
+        """-> the slot of a window's data, and whether steps have not seen them there.
+
+        Only a CPU has windows that are not resident here, and there an array on the device is the host's own: what a
+        reader puts into one of its buffers is in that slot already.
+        """
+        for slot, (host, _) in enumerate(self._places):
+            if host is data:
+                return slot, False
+        if len(self._places) == self._reader.n_buffers:  # no buffers: each window has an array of its own
+            del self._places[0]  # first, for two windows at a time may be more than there is memory
+        self._places.append((data, self._backend.asarray(data)))
+        return len(self._places) - 1, True
 
     # --- streaming ----------------------------------------------------------------------------------------------------
 
-    def _streamed(self, windows: Iterator[Window]) -> Iterator[Fed]:
+    def _streamed(self, windows: Iterator[Window]) -> Generator[Fed, None, None]:
         pieces = self._pieces(windows)
         with ThreadPoolExecutor(1) as worker:
 
@@ -105,7 +125,7 @@ class Feed:
 
     def _pieces(self, windows: Iterator[Window]) -> Iterator[tuple[Window, int, int]]:
         """Windows cut into blocks: rows start..stop-1 of their order."""
-        size = self._reader.batch_size
+        size = self._reader.rows_of_batch
         for window in windows:
             for first in range(0, window.n_batches, self._block):
                 yield window, first * size, min(first + self._block, window.n_batches) * size
@@ -115,9 +135,9 @@ class _Slot:
     """A buffer of so many batches on the device, and the host's that it is filled from."""
 
     def __init__(self, backend: Backend, reader: EpochReader, batches: int) -> None:
-        rows, source = batches * reader.batch_size, reader.split.source
+        rows, source = batches * reader.rows_of_batch, reader.split.source
         shape = rows, source.n_features
-        self._backend, self._batch_size = backend, reader.batch_size
+        self._backend, self._batch_size = backend, reader.rows_of_batch
         self.data, self.rows = backend.alloc(shape, source.dtype), backend.alloc(rows, np.int64)
         self._host_data, self._host_rows = backend.pinned(shape, source.dtype), backend.pinned(rows, np.int64)
         self._count = 0  # rows

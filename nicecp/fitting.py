@@ -13,19 +13,22 @@ from numpy.typing import NDArray
 
 from nicecp.bounded import logit_step, spread_after
 from nicecp.columns import check_representable, discrete_columns_noted
-from nicecp.data import check_constant, check_finite, column_stats, open_splits
+from nicecp.data import Splits, check_constant, check_finite, column_stats, open_splits
 from nicecp.data_spec import DataSpec
 from nicecp.evaluate import check_fits, check_width
 from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
+from nicecp.kernels.backend import Backend
 from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.presented import presented
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
 from nicecp.split import Split
-from nicecp.train import Callbacks, TrainConfig, Trainer, as_callbacks
+from nicecp.train import Callbacks, Trainer, as_callbacks
+from nicecp.train_config import TrainConfig
 from nicecp.transform_fit import fit_transforms
 from nicecp.transform_spec import NONE
 from nicecp.whitening import whitening_step
@@ -103,6 +106,21 @@ def _transforms(train: Split, transform: str, events: list[Event]) -> tuple[Step
     return fitted.steps
 
 
+def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[tuple[Step, ...], list[Event]]:
+    """The preprocessing that settings ask for, fitted to the training rows; what is worth knowing of their columns.
+
+    All rows are looked through. Raises DataError, as preprocessing_for, check_finite and check_representable do.
+    """
+    train, events = splits.train, discrete_columns_noted(splits.train)
+    steps = preprocessing_of(settings, train, events)
+    check_finite(splits)
+    steps += whitening_step(
+        settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
+    )
+    check_representable(splits, steps, settings.dtype)
+    return steps, events
+
+
 def fit(
     flow: NICE,
     data: str | os.PathLike[str] | NDArray[Any],
@@ -126,6 +144,7 @@ def fit(
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
+    communicator: Communicator = ALONE,
 ) -> RunRecord:
     """Train a flow on an array or an HDF5 file, in place; it then holds the parameters with the best validation.
 
@@ -158,6 +177,9 @@ def fit(
     patience : int or None
         Epochs without a better validation log-likelihood before training stops.
     callbacks : Callback objects, or functions called with each EpochRecord; or a single one of these.
+    communicator : nicecp.parallel.Communicator
+        Of ranks that train together, such as nicecp.parallel.Mpi(MPI.COMM_WORLD): all make the same call with the same
+        data and flow, each works on a part of every batch, and all end with the same flow.
 
     Returns
     -------
@@ -206,7 +228,7 @@ def fit(
         scale = fit_context(train) if flow.context is None or flow.context.fresh else None
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))
-        trainer = Trainer(flow, train, splits.valid, config, called)
+        trainer = Trainer(flow, train, splits.valid, config, called, communicator)
         trainer.record.versions = versions(flow.backend)
         trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         trainer.record.events += events + weights_noted(train, flow.n_parameters)

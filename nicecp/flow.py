@@ -51,8 +51,7 @@ class NICE(Density):
     coupling : "additive", "multiplicative" or "affine", or several of these
         The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
     partition : "odd-even", "halves" or a sequence of int
-        The two parts that couplings change in turn: even and odd features, the first and the second half, or the first
-        and the second half of a permutation of the features' numbers.
+        The two parts that couplings change in turn: even and odd features, halves, or halves of a permutation of these.
     network : "mlp" or a registered name
         What couplings read: dense ReLU layers, or a network of one's own. A law of one's own is a name in ``coupling``.
         See nicecp.registry and docs/extending.md.
@@ -332,26 +331,27 @@ class NICE(Density):
         rng: int | np.random.Generator | np.random.RandomState | None = None,
         context: ArrayLike | None = None,
         return_log_prob: bool = False,
+        first: int = 0,
     ) -> Any:
         """n exact samples : (n, d) float64 in data space, x = f^-1(h), h from the prior.
 
         context : (k,) for all of them, or (n, k), one for each, for a flow with a context.
-        rng : an int is the Philox seed (row i depends on the seed and i alone, so a longer draw begins with a shorter
-        one); a Generator or RandomState gives that seed; None takes one from the operating system.
-        return_log_prob : also their log-densities (n,), those that log_prob gives for them.
+        rng : an int is the Philox seed (row i depends on the seed and i alone; ``first`` is the number of the first); a
+        Generator or RandomState gives that seed; None takes one from the operating system. return_log_prob : also
+        their log-densities (n,).
         """
         n, seed = whole_number(n, "n"), seed_of(rng)
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         given = seen(rows_for(n, context_of(context, self.context)), self.context, self.dtype)
         if self.backend.device != "cpu" and self._there.usable and not return_log_prob:
-            return self._there.sample(n, seed, given)
+            return self._there.sample(n, seed, given, first)
         fill = self.backend.fill_logistic if self.spec.prior == "logistic" else self.backend.fill_normal
         out = np.empty((n, self.n_features), np.float64)
         for start in range(0, n, CHUNK):
             part = out[start : start + CHUNK]
             h = self.backend.alloc(part.shape, np.float64)
-            fill(h, seed, Purpose.SAMPLE, 0, start)
+            fill(h, seed, Purpose.SAMPLE, 0, first + start)
             self._invert(part, np.zeros(len(part)), self.backend.copy_out(h), given, slice(start, start + CHUNK))
         return (out, self.log_prob(out, context)) if return_log_prob else out
 

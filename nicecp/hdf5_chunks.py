@@ -108,9 +108,10 @@ class Chunks:
         length = self._lengths[0]
         for row in range(start // length, -(-stop // length)):
             first, last = max(start, row * length), min(stop, (row + 1) * length)
-            if self._unpacked[0] != row:
-                self._unpacked = (row, {})
-            kept = self._unpacked[1]
+            unpacked = self._unpacked  # once: another thread may be reading other rows
+            if unpacked[0] != row:
+                unpacked = self._unpacked = (row, {})
+            kept = unpacked[1]
             for cells in itertools.product(*(range(cells) for cells in self._grid[1:])):
                 block = kept.get(cells)
                 if block is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from nicecp.checkpoint import state_path
 from nicecp.errors import CheckpointError, OutputError
 from nicecp.files import reporting
 from nicecp.kernels.backend import Slot
@@ -51,6 +52,12 @@ def older_state(state: str, number: int) -> str:
     """Where the state before the last ``number`` ones is kept: run.state.h5 -> run.state.1.h5 for the last but one."""
     stem, suffix = os.path.splitext(state)
     return f"{stem}.{number}{suffix}"
+
+
+def files_of(out: str | os.PathLike[str], keep: int) -> list[str]:
+    """All files that a run writes which keeps so many state files."""
+    state = state_path(out)
+    return [os.fspath(out), state, *(older_state(state, number) for number in range(1, keep))]
 
 
 class Savable(Protocol):

@@ -7,14 +7,26 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Sequence
+from typing import Any
 
 from nicecp.errors import OutputError, about_file
 from nicecp.files import lock, reporting
+from nicecp.outputs import check_output
 
 logger = logging.getLogger("nicecp")
 
 StrPath = str | os.PathLike[str]
 _TRIES = 100
+
+
+def claim(
+    held: contextlib.ExitStack, out: StrPath, files: Sequence[str] = (), overwrite: bool = False, source: Any = None
+) -> None:
+    """Look whether these files could be written (nicecp.outputs), then hold the output's lock until ``held`` ends."""
+    for path in files:
+        check_output(path, overwrite, source)
+    held.callback(OutputLock(out).release)
 
 
 class OutputLock:

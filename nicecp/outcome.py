@@ -72,9 +72,10 @@ def outcome_of(trainer: Trainer, splits: Splits, stopped_by: int | None, began: 
     # The best model; a run that was finished before it was resumed has not put it in place itself.
     flow, seed = trainer.flow, trainer.config.seed
     flow.set_parameters(trainer.resume_state().best_parameters)
-    train = evaluate(flow, splits.train, seed)
-    valid = None if splits.valid is None else evaluate(flow, splits.valid, seed, record.best_epoch)
-    test = None if splits.test is None else evaluate(flow, splits.test, seed)
+    how = trainer.communicator, trainer.config.read_rows
+    train = evaluate(flow, splits.train, seed, 0, *how)
+    valid = None if splits.valid is None else evaluate(flow, splits.valid, seed, record.best_epoch, *how)
+    test = None if splits.test is None else evaluate(flow, splits.test, seed, 0, *how)
     shown = splits.valid or splits.train
     rows = example_rows(flow, shown, ROUND_TRIP_ROWS)
     error = round_trip_error(flow, rows, example_context(shown, ROUND_TRIP_ROWS))

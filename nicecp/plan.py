@@ -105,9 +105,11 @@ class Timing:
 def time_steps(trainer: Trainer, seconds: float = 1.0, most: int = 20) -> Timing:
     """Run training steps for about ``seconds`` (the first, which may compile, is not counted) and take their median.
 
+    Several ranks, which must make the same number of steps, make a few.
     The trainer's flow changes: this is for a run that is not going to be trained.
     """
     times: list[float] = []
+    most = most if trainer.communicator.size == 1 else 3
     with trainer.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
         trainer.step()
         trainer.backend.synchronize()
@@ -117,6 +119,7 @@ def time_steps(trainer: Trainer, seconds: float = 1.0, most: int = 20) -> Timing
             trainer.step()
             trainer.backend.synchronize()
             times.append(time.perf_counter() - before)
+    trainer.reader.close()
     step = sorted(times)[len(times) // 2]
     forward, whole = flops_of(trainer.flow.spec, trainer.config.batch_size)
     valid_rows = len(trainer.valid_split) if trainer.valid_split is not None else 0

@@ -15,6 +15,7 @@ from nicecp.partition import MAX_COLUMNS, random_order
 from nicecp.preset_table import RANGE, choose
 from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
+from nicecp.train_config import TrainConfig
 from nicecp.transform_spec import NONE, parse
 from nicecp.whitening import KINDS
 
@@ -71,6 +72,10 @@ class Settings:
         form = partition, order
         return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, self.precision, *form)
 
+    def train_config(self) -> TrainConfig:
+        """What the training loop needs of them."""
+        return TrainConfig(**{name: getattr(self, name) for name in TRAINING})
+
     def to_json(self) -> dict[str, Any]:
         """Only what JSON has: tuples as lists, the optimiser as its kind and numbers."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -111,6 +116,11 @@ class Settings:
                 raise TypeError(f"{field.name} should be {field.type}, is {value!r}")
         return settings
 
+
+# What the training loop needs of them: TrainConfig's fields of the same names.
+TRAINING = tuple(
+    field.name for field in fields(TrainConfig) if field.name in {setting.name for setting in fields(Settings)}
+)
 
 # Settings that may be given anew when a run goes on.
 CHANGEABLE = ("epochs", "patience", "activations", "device_memory_limit")

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from nicecp.errors import TrainingError
 from nicecp.kernels.backend import Array, Backend
 from nicecp.network import Network, Workspace
+from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
 from nicecp.spec import ModelSpec
 
@@ -41,9 +42,14 @@ def reconstruction_error(network: Network, ws: Workspace, params: Views) -> floa
     return math.sqrt(lost / size) if size > 0 else math.sqrt(lost)
 
 
-def check_reconstruction(network: Network, ws: Workspace, params: Views, epoch: int) -> float:
-    """The error of a batch in ws.x; TrainingError that names the remedy if it is beyond TOLERANCE."""
-    error = reconstruction_error(network, ws, params)
+def check_reconstruction(
+    network: Network, ws: Workspace, params: Views, epoch: int, communicator: Communicator = ALONE
+) -> float:
+    """The largest error of the ranks' batches in ws.x; TrainingError that names the remedy if beyond TOLERANCE."""
+    errors = np.zeros(communicator.size)
+    errors[communicator.rank] = reconstruction_error(network, ws, params)
+    communicator.sum(errors)
+    error = float(errors.max())
     if not error <= TOLERANCE:
         problem = (
             f"epoch {epoch}: recomputing activations gives the inputs back to {error:.1e} of their size, "

@@ -40,7 +40,6 @@ class Recoverable(Protocol):
     flow: NICE
     backend: Backend
     record: RunRecord
-    reader: EpochReader
     train_split: Split
     p: Array
     m: Array
@@ -49,6 +48,9 @@ class Recoverable(Protocol):
     state: Array
     views: Views
     position: int
+
+    @property
+    def reader(self) -> EpochReader: ...
 
 
 class Recovery:

@@ -12,19 +12,20 @@ from typing import Any
 
 from nicecp.beside import n_context_of
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
-from nicecp.columns import check_representable, discrete_columns_noted
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
 from nicecp.data_spec import from_record, plain_data, to_record
 from nicecp.errors import CheckpointError, TrainingError, about_file
+from nicecp.evaluate import READ_ROWS
 from nicecp.extras import fit_context, weights_noted
-from nicecp.fitting import preprocessing_of
+from nicecp.fitting import prepared
 from nicecp.flow import NICE
-from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, older_kept, older_state
+from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
 from nicecp.kernels import Slot, with_precision
-from nicecp.locking import OutputLock
+from nicecp.locking import claim
 from nicecp.machine import open_backend, require_memory, versions
+from nicecp.memory import within
 from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
-from nicecp.outputs import check_output
+from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
 from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
@@ -32,8 +33,7 @@ from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
-from nicecp.train import Callback, TrainConfig, Trainer
-from nicecp.whitening import whitening_step
+from nicecp.train import Callback, Trainer
 
 logger = logging.getLogger("nicecp")
 
@@ -54,25 +54,17 @@ class Run:
         flow: NICE,
         out: str | None,
         saving: Saving,
+        communicator: Communicator = ALONE,
+        read_rows: int = READ_ROWS,
     ) -> None:
         self.settings, self.data, self.splits, self.flow, self.out = settings, data, splits, flow, out
         self._held = contextlib.ExitStack()  # the output's lock and the data: released by close
-        config = TrainConfig(
-            settings.epochs,
-            settings.batch_size,
-            settings.optimizer,
-            settings.patience,
-            settings.seed,
-            settings.window,
-            settings.activations,
-            settings.device_memory_limit,
-            settings.schedule,
-            settings.weight_decay,
-        )
+        config = replace(settings.train_config(), read_rows=read_rows)
         self._keeper = Keeper(self, saving)
-        self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper])
+        self.communicator = communicator
+        self.trainer = Trainer(flow, splits.train, splits.valid, config, [self._keeper], communicator)
         self.trainer.record.config = self._config()
-        self.trainer.record.versions = versions(flow.backend)
+        self.trainer.record.versions = versions(flow.backend) | {"ranks": str(communicator.size)}
         self.trainer.record.threads = int(getattr(flow.backend, "threads", 1))
         self.stopped_by: int | None = None
         self.resumed = False
@@ -98,6 +90,8 @@ class Run:
         checkpoint_every: float = CHECKPOINT_EVERY,
         checkpoint_epochs: int | None = None,
         keep: int = 1,
+        memory_limit: int | None = None,
+        communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
         """A new run.
@@ -109,6 +103,8 @@ class Run:
         preset, optimizer, numbers, **given : see nicecp.presets.resolve
         overwrite : replace existing files at the first checkpoint
         checkpoint_every, checkpoint_epochs, keep : seconds; epochs; state files that are kept (nicecp.keeper.Saving)
+        memory_limit : bytes that the process may have in memory, by keeping fewer rows there (nicecp.memory)
+        communicator : of the ranks that carry out the run together, all of which make the same calls; rank 0 writes
 
         Raises
         ------
@@ -119,11 +115,9 @@ class Run:
         """
         saving = Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
+            first = communicator.from_first
             if out is not None:
-                state = state_path(out)
-                for path in (out, state, *(older_state(state, number) for number in range(1, keep))):
-                    check_output(path, overwrite, plain_data(data))
-                held.callback(OutputLock(out).release)
+                first(lambda: claim(held, out, files_of(out, keep), overwrite, plain_data(data)))
             fraction, seed = given.get("valid_fraction"), given.get("seed")
             fraction = valid_fraction_of(preset) if fraction is None else fraction
             splits = open_splits(data, fraction, 0 if seed is None else seed)
@@ -132,23 +126,20 @@ class Run:
             settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
+            settings, read_rows = within(memory_limit, settings, splits)
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = with_precision(open_backend(device, threads), settings.precision, required=True)
-            events = discrete_columns_noted(splits.train)
-            steps = preprocessing_of(settings, splits.train, events)
-            check_finite(splits)
-            steps += whitening_step(
-                settings.whiten, splits.train, steps, splits.valid, settings.regularization, settings.seed, backend
-            )
-            check_representable(splits, steps, spec.dtype)
-            info = replace(source.info, fingerprint=source.fingerprint())
+            backend = open_backend(device, communicator.threads() if threads is None else threads)
+            backend = with_precision(backend, settings.precision, required=True)
+            steps, events = first(lambda: prepared(settings, splits, backend))
+            info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
             context = fit_context(splits.train)
             flow = NICE.from_spec(
                 spec, None, steps, info, settings.seed, context=context, init=settings.init, backend=backend
             )
-            run = cls(settings, data, splits, flow, None if out is None else os.fspath(out), saving)
-            run.trainer.record.events += events + weights_noted(splits.train, spec.n_parameters)
+            path = None if out is None else os.fspath(out)
+            run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
+            run.trainer.record.events += events + first(lambda: weights_noted(splits.train, spec.n_parameters))
             run._held = held.pop_all()
             return run
 
@@ -167,6 +158,8 @@ class Run:
         preset: str = "auto",
         optimizer: str | None = None,
         numbers: Mapping[str, float | None] | None = None,
+        memory_limit: int | None = None,
+        communicator: Communicator = ALONE,
         **given: Any,
     ) -> Run:
         """Go on with a run from the state file beside ``path``, with its own settings and, by default, its own data.
@@ -188,10 +181,11 @@ class Run:
         """
         out, saving = run_path(path), Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
-            held.callback(OutputLock(out).release)
+            communicator.from_first(lambda: claim(held, out))
             run = cls._from_files(
-                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given
-            )
+                out, data, allow_changed_data, device, threads, saving, preset, optimizer, numbers, given, communicator,
+                memory_limit,
+            )  # fmt: skip
             held.callback(run.splits.close)
             run._held = held.pop_all()
             return run
@@ -209,6 +203,8 @@ class Run:
         optimizer: str | None,
         numbers: Mapping[str, float | None] | None,
         given: Mapping[str, Any],
+        communicator: Communicator,
+        memory_limit: int | None,
     ) -> Run:
         """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
@@ -225,7 +221,9 @@ class Run:
         changes = {name: given[name] for name in CHANGEABLE if given.get(name) is not None}
         settings = replace(settings, **changes)
         check(settings)
-        backend = open_backend(device, record.threads if threads is None else threads)
+        as_before = record.versions.get("ranks", "1") == str(communicator.size)
+        usual = record.threads if as_before else communicator.threads()
+        backend = open_backend(device, usual if threads is None else threads)
         flow = NICE.from_spec(
             flow.spec, state.parameters, flow.preprocessing, flow.info, context=flow.context, backend=backend
         )
@@ -238,8 +236,9 @@ class Run:
         try:
             changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
             check_same_data(flow, splits, None if changed else record)
-            check_finite(splits)
-            run = cls(settings, data, splits, flow, out, saving)
+            communicator.from_first(lambda: check_finite(splits))
+            settings, read_rows = within(memory_limit, settings, splits, resumed=True)
+            run = cls(settings, data, splits, flow, out, saving, communicator, read_rows)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
             record.threads = run.trainer.record.threads
@@ -300,9 +299,11 @@ class Run:
             return self._outcome(began)
         self._keeper.begin()
         with stopping(self._stop):
-            if self.stopped_by is None:
+            if self.stopped_by is None or self.communicator.size > 1:  # then all must agree, after a step
                 self._train()
             if not trainer.finished:
+                if self.stopped_by is None and trainer.stop_number > 0:  # the signal was another rank's
+                    self.stopped_by = trainer.stop_number
                 self.save()
         return self._outcome(began)
 
@@ -316,8 +317,8 @@ class Run:
             raise TrainingError(f"{error}; the best model so far is kept in {self.out!r}") from error
 
     def save(self) -> None:
-        """Write both files now; nothing without ``out``."""
-        if self.out is None or self.state is None:
+        """Write both files now; nothing without ``out``, and by rank 0 alone."""
+        if self.out is None or self.state is None or self.communicator.rank > 0:
             return
         trainer = self.trainer
         resume = trainer.resume_state()
@@ -328,7 +329,7 @@ class Run:
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number
-        self.trainer.request_stop()
+        self.trainer.request_stop(number)
 
     @property
     def rows_done(self) -> int:

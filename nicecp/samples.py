@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from nicecp.beside import read_context
 from nicecp.checkpoint import load
-from nicecp.context import context_of
+from nicecp.context import context_of, rows_for
 from nicecp.errors import CheckpointError, OutputError, about_file
 from nicecp.files import write_bytes
-from nicecp.flow import NICE
+from nicecp.flow import CHUNK, NICE
 from nicecp.images import encode_png, grid
 from nicecp.machine import open_backend, require_memory
 from nicecp.outputs import check_output
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 
 StrPath = str | os.PathLike[str]
@@ -44,6 +45,7 @@ def write_samples(
     threads: int | None = None,
     context: Any = None,
     precision: str | None = None,
+    communicator: Communicator = ALONE,
 ) -> Written:
     """Draw n samples from a checkpoint's flow into ``out``, which appears whole or not at all.
 
@@ -54,6 +56,7 @@ def write_samples(
     seed : row i depends on the seed and i (and its context) alone.
     context : for a flow with a context: (k,) numbers for all samples, (n, k), or a dataset 'FILE.h5:/NAME' of (n, k),
         which then is in ``out`` as well
+    communicator : of the ranks that share the drawing, all of which make the same call; rank 0 writes
 
     Raises CheckpointError (the checkpoint, a picture of what has no image shape), OutputError, ValueError, MemoryError.
     """
@@ -62,9 +65,10 @@ def write_samples(
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     if n is not None and n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
-    check_output(out, overwrite, checkpoint)
+    communicator.from_first(lambda: check_output(out, overwrite, checkpoint))
     given = read_context(context) if isinstance(context, str) else context
-    flow = load(checkpoint, backend=open_backend(device, threads), precision=precision)
+    backend = open_backend(device, communicator.threads() if threads is None else threads)
+    flow = load(checkpoint, backend=backend, precision=precision)
     if suffix == ".png":
         check_drawable(flow, checkpoint)
     rows = context_of(given, flow.context)
@@ -72,13 +76,25 @@ def write_samples(
         n = 100 if rows is None or rows.ndim == 1 else len(rows)
     # The prior's draw, the rows, and copies on the way.
     require_memory(5 * 8 * n * flow.n_features, f"drawing {n:,} samples")
-    samples = flow.sample(n, seed, given)
-    if suffix == ".png":
-        data = encode_png(grid(as_images(flow, samples), columns))
-    else:
-        data = _hdf5(flow, samples, rows, seed, os.path.basename(os.fspath(checkpoint)))
-    write_bytes(out, data, overwrite)
+    samples = draw(flow, n, seed, given, communicator)
+    if samples is not None:
+        if suffix == ".png":
+            data = encode_png(grid(as_images(flow, samples), columns))
+        else:
+            data = _hdf5(flow, samples, rows, seed, os.path.basename(os.fspath(checkpoint)))
+        write_bytes(out, data, overwrite)
     return Written(n, flow.n_features, seed)
+
+
+def draw(
+    flow: NICE, n: int, seed: int, context: Any = None, communicator: Communicator = ALONE
+) -> NDArray[np.float64] | None:
+    """flow.sample(n, seed, context), the same bits, with the rows shared by ranks; None but on rank 0."""
+    chunks, rank, size = -(-n // CHUNK), communicator.rank, communicator.size
+    first, last = (min(chunks * (rank + i) // size * CHUNK, n) for i in (0, 1))
+    rows = rows_for(n, context_of(context, flow.context))
+    own = rows if rows is None or len(rows) == 1 else rows[first:last]
+    return communicator.gather(flow.sample(last - first, seed, own, first=first))
 
 
 def dequantization_of(flow: NICE) -> Dequantize | None:

@@ -22,6 +22,8 @@ from nicecp.evaluate import check_fits
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
+from nicecp.memory import block_within
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presented import uniform_noise
 from nicecp.scoring import as_recorded
@@ -127,6 +129,8 @@ def score_file(
     threads: int | None = None,
     precision: str | None = None,
     progress: Callable[[int, int], object] | None = None,
+    communicator: Communicator = ALONE,
+    memory_limit: int | None = None,
 ) -> Scored:
     """Write the log-densities of a data set's rows under a checkpoint's flow, in the order of the rows.
 
@@ -143,6 +147,9 @@ def score_file(
     seed : of the noise; the run's own by default
     device, threads, precision : as nicecp.scoring.score
     progress : called with the rows done and all rows, after every block
+    communicator : of the ranks that share the blocks, all of which make the same call; rank 0 writes, and what is
+        returned is complete there
+    memory_limit : bytes that the process may have in memory (nicecp.memory)
 
     Raises
     ------
@@ -157,6 +164,7 @@ def score_file(
 
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
+    threads = communicator.threads() if threads is None else threads
     flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     source = open_source(as_recorded(data, record), "test")
@@ -164,13 +172,19 @@ def score_file(
         check_scorable(flow, source, draws)
         scored = Scored(source.name, seed, draws)
         inputs = [os.fspath(name) for name in (checkpoint, plain_data(data)) if isinstance(name, (str, os.PathLike))]
+        step = min(_block_rows(source), block_within(memory_limit, flow, source))
+        blocks = row_scores(flow, source, seed, draws, communicator, step)
+        if communicator.rank > 0:
+            for _ in blocks:
+                pass
+            return scored
         with new_file(os.fspath(out), overwrite, inputs) as file:
             written = new_dataset(file, "log_prob", (source.n_rows,), "float64")
             texts = {"checkpoint": os.path.basename(os.fspath(checkpoint)), "data": source.name, "unit": "nats"}
             for name, text in texts.items():
                 written.attrs[name] = np.bytes_(text.encode("utf-8", "backslashreplace"))
             written.attrs["seed"], written.attrs["draws"] = np.uint64(seed), np.int64(draws)
-            for start, values in row_scores(flow, source, seed, draws):
+            for start, values in blocks:
                 written[start : start + len(values)] = values
                 scored.add(values, None if source.weight is None else source.weight[start : start + len(values)])
                 if progress is not None:
@@ -190,17 +204,41 @@ def check_scorable(flow: NICE, source: Source, draws: int) -> None:
         raise ValueError(f"{problem}: the columns of {source.name!r} get none")
 
 
-def row_scores(flow: NICE, source: Source, seed: int, draws: int = 1) -> Iterator[tuple[int, FloatArray]]:
-    """Blocks of rows in order: the first row's number, and their log-densities (k,) as ``score_file`` writes them."""
-    step = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.n_features))
-    for start in range(0, source.n_rows, step):
-        with as_they_are():
-            rows = source.read(start, min(start + step, source.n_rows))
-        at = np.arange(start, start + len(rows))
-        total = _log_prob(flow, source, in_data_space(flow, rows, at, seed, 0), start)
-        for draw in range(1, draws):
-            total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, at, seed, draw), start))
-        yield start, total - math.log(draws) if draws > 1 else total
+def _block_rows(source: Source) -> int:
+    return max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // source.n_features))
+
+
+def row_scores(
+    flow: NICE,
+    source: Source,
+    seed: int,
+    draws: int = 1,
+    communicator: Communicator = ALONE,
+    step: int | None = None,
+) -> Iterator[tuple[int, FloatArray]]:
+    """Blocks of rows in order: the first row's number, and their log-densities (k,) as ``score_file`` writes them.
+
+    Of several ranks each scores one block of every round; rank 0 has them all, the others none. step : rows of a block
+    """
+    step = _block_rows(source) if step is None else step
+    starts = range(0, source.n_rows, step)
+    for first in range(0, len(starts), communicator.size):
+        mine = starts[first + communicator.rank : first + communicator.rank + 1]
+        values = _block(flow, source, mine[0], step, seed, draws) if len(mine) else np.empty(0)
+        gathered = communicator.gather(values)
+        if gathered is not None:
+            yield starts[first], gathered
+
+
+def _block(flow: NICE, source: Source, start: int, step: int, seed: int, draws: int) -> FloatArray:
+    """Log-densities (k,) of a block of rows."""
+    with as_they_are():
+        rows = source.read(start, min(start + step, source.n_rows))
+    at = np.arange(start, start + len(rows))
+    total = _log_prob(flow, source, in_data_space(flow, rows, at, seed, 0), start)
+    for draw in range(1, draws):
+        total = np.logaddexp(total, _log_prob(flow, source, in_data_space(flow, rows, at, seed, draw), start))
+    return total - math.log(draws) if draws > 1 else total
 
 
 def in_data_space(flow: NICE, rows: NDArray[Any], at: NDArray[np.int64], seed: int, draw: int) -> NDArray[Any]:

@@ -19,6 +19,8 @@ from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.machine import open_backend
+from nicecp.memory import scored_within
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
@@ -58,6 +60,8 @@ def score(
     device: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    communicator: Communicator = ALONE,
+    memory_limit: int | None = None,
 ) -> Score:
     """Mean log-likelihood of a checkpoint's flow on data (nats per row, in the data's space).
 
@@ -73,6 +77,8 @@ def score(
         Of the dequantization noise; the run's own by default, so that the numbers printed after training come again.
     precision : "full" or "tf32"
         In place of the flow's own, on a GPU.
+    communicator : of the ranks that share the rows, all of which make the same call and have the result
+    memory_limit : bytes that the process may have in memory (nicecp.memory)
 
     Raises
     ------
@@ -81,13 +87,17 @@ def score(
     """
     if part not in PARTS:
         raise ValueError(f"the part must be one of {', '.join(PARTS)}, got {part!r}")
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
+    backend = open_backend(device, communicator.threads() if threads is None else threads)
+    flow, record = load_run(checkpoint, backend=backend, precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, as_recorded(data, record), part)
     try:
         # As the run did it: each epoch's validation has noise of its own, and the best epoch's numbers were reported.
         epoch = record.best_epoch if record is not None and split.purpose == Purpose.VALID_NOISE else 0
-        return Score(evaluate(flow, split, seed, epoch), describe_rows(split), split.source.name, seed)
+        read_rows = scored_within(memory_limit, flow, split)
+        return Score(
+            evaluate(flow, split, seed, epoch, communicator, read_rows), describe_rows(split), split.source.name, seed
+        )
     finally:
         split.source.close()
 

@@ -178,6 +178,25 @@ class Split:
                 done = end
         return data, rows
 
+    def load_rows(self, blocks: Rows, offsets: Rows, data: NDArray[Any], rows: Rows) -> None:
+        """Row offsets[i] of block blocks[i], ascending -> data[i], its file row rows[i]; neighbours read together."""
+        row_bytes = self.source.n_features * self.source.dtype.itemsize
+        step = max(1, _READ_BYTES // (row_bytes * BLOCK))
+        at = 0
+        while at < len(blocks):
+            # blocks b, b + 1, ... as long as each is wanted
+            first = int(blocks[at])
+            inside = np.searchsorted(blocks, np.arange(first, first + step + 1))
+            gap = np.flatnonzero(np.diff(inside) == 0)
+            count = int(gap[0]) if len(gap) else step
+            end = int(inside[count])
+            run = np.arange(first, first + count)
+            start, stop = self._file_range(run)
+            chosen = [self.rows_of_block(int(block))[offsets[inside[i] : inside[i + 1]]] for i, block in enumerate(run)]
+            rows[at:end] = np.concatenate(chosen)
+            np.take(self.source.read(start, stop), rows[at:end] - start, axis=0, out=data[at:end], mode="clip")
+            at = end
+
     def _file_range(self, run: Rows) -> tuple[int, int]:
         return self.start + int(run[0]) * BLOCK, min(self.start + (int(run[-1]) + 1) * BLOCK, self.stop)
 
@@ -222,6 +241,8 @@ class EpochReader:
     Raises DataError if there is not one full batch.
     """
 
+    n_buffers = 1  # arrays in which windows' data come, again and again, where they are not resident
+
     def __init__(self, split: Split, batch_size: int, seed: int, window: int = SHUFFLE_WINDOW) -> None:
         _check_batch_size(batch_size)
         if window < batch_size:
@@ -230,6 +251,11 @@ class EpochReader:
             problem = f"{len(split)} rows to train on, fewer than one batch of {batch_size}"
             raise DataError(about_file(split.source.name, problem, f"use a batch size of at most {max(1, len(split))}"))
         self.split, self.batch_size, self.seed, self.window = split, batch_size, seed, window
+
+    @property
+    def rows_of_batch(self) -> int:
+        """Entries of a window's index for each batch."""
+        return self.batch_size
 
     @property
     def n_batches(self) -> int:
@@ -253,9 +279,7 @@ class EpochReader:
         split, size = self.split, self.batch_size
         stop = self.n_batches * size  # positions in the epoch's order
         begin = skip_batches * size
-        keys = random_keys(self.seed, Purpose.SHUFFLE, epoch, np.arange(split.n_blocks))
-        order = np.argsort(keys, kind="stable")
-        ends = np.cumsum(split.bounds[order + 1] - split.bounds[order])  # positions where the blocks end
+        order, ends = self.sequence(epoch)
         kept = np.empty((0, split.source.n_features), split.source.dtype)  # rows left over from the window before
         kept_rows = np.empty(0, np.int64)
         for first in range(begin // self.window * self.window if begin < stop else stop, stop, self.window):
@@ -273,6 +297,13 @@ class EpochReader:
             left = index[count * size :]
             if last < len(split):
                 kept, kept_rows = data[left], rows[left]
+
+    def sequence(self, epoch: int) -> tuple[Rows, Rows]:
+        """The split's blocks in the epoch's order, and the positions in that order where they end."""
+        split = self.split
+        keys = random_keys(self.seed, Purpose.SHUFFLE, epoch, np.arange(split.n_blocks))
+        order = np.argsort(keys, kind="stable")
+        return order, np.cumsum(split.bounds[order + 1] - split.bounds[order])
 
     def _shuffled(self, epoch: int, first: int, last: int) -> Rows:
         positions = np.arange(first, last, dtype=np.int64)
@@ -305,35 +336,49 @@ class SequentialReader:
     """Batches in file order; the last one is padded with index = rows = -1.
 
     A split of at most ``window`` rows is read once: every iteration hands out the same Window object. A larger one is
-    read anew in every iteration, window by window.
+    read anew in every iteration, window by window. share = (i, n): the i-th of n parts of the batches, from row
+    ``begin`` of the split.
     """
 
-    def __init__(self, split: Split, batch_size: int, window: int = 2**16) -> None:
+    def __init__(self, split: Split, batch_size: int, window: int = 2**16, share: tuple[int, int] = (0, 1)) -> None:
         _check_batch_size(batch_size)
         self.split, self.batch_size, self.window = split, batch_size, window
         self._whole: Window | None = None
+        edges = [self.n_batches * (share[0] + i) // share[1] * batch_size for i in (0, 1)]
+        self.begin, self._end = (min(edge, len(split)) for edge in edges)
 
     @property
     def n_batches(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
+    @property
+    def resident(self) -> bool:
+        """True if the share stays in memory."""
+        return self._end - self.begin <= self.window
+
     def __iter__(self) -> Iterator[Window]:
-        n = len(self.split)
+        n = self._end - self.begin
         if n <= self.window:
             if n and self._whole is None:
-                data, rows = self.split.load()
-                self._whole = self._pad(data, np.arange(n, dtype=np.int64), rows)
+                if n == len(self.split):
+                    data, rows = self.split.load()
+                    self._whole = self._pad(data, np.arange(n, dtype=np.int64), rows)
+                else:
+                    self._whole = self._read(self.begin, self._end)
             if self._whole is not None:
                 yield self._whole
             return
         step = max(1, self.window // self.batch_size) * self.batch_size
+        for first in range(self.begin, self._end, step):
+            yield self._read(first, min(first + step, self._end))
+
+    def _read(self, first: int, last: int) -> Window:
+        """Rows first to last - 1 of the split."""
         bounds = self.split.bounds
-        for first in range(0, n, step):
-            last = min(first + step, n)
-            low, high = (int(i) for i in np.searchsorted(bounds[1:], [first, last - 1], side="right"))
-            data, rows = self.split.load_blocks(np.arange(low, high + 1))
-            index = np.arange(first, last, dtype=np.int64) - bounds[low]
-            yield self._pad(data, index, rows[index])
+        low, high = (int(i) for i in np.searchsorted(bounds[1:], [first, last - 1], side="right"))
+        data, rows = self.split.load_blocks(np.arange(low, high + 1))
+        index = np.arange(first, last, dtype=np.int64) - bounds[low]
+        return self._pad(data, index, rows[index])
 
     def _pad(self, data: NDArray[Any], index: Rows, rows: Rows) -> Window:
         count = -(-len(index) // self.batch_size)

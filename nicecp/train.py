@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-from nicecp.decay import WeightDecay, check_decay, rate_factor
+from nicecp.decay import WeightDecay, rate_factor
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
 from nicecp.extras import Extras
@@ -18,60 +18,22 @@ from nicecp.feed import Fed, Feed
 from nicecp.flow import NICE
 from nicecp.kernels.backend import OPTIMIZERS, Array, Purpose, Slot
 from nicecp.loading import Loader
-from nicecp.network import ACTIVATIONS
-from nicecp.optimizers import AdaM, Optimizer
+from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Range
 from nicecp.presented import mean_log_det, presented
+from nicecp.ranks import SharedStep, own_rows
 from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
 from nicecp.recovery import Recovery
-from nicecp.spec import whole_number
-from nicecp.split import SHUFFLE_WINDOW, EpochReader, Split
+from nicecp.split import Split
+from nicecp.stream import StreamReader
+from nicecp.train_config import TrainConfig
 
 logger = logging.getLogger("nicecp")
 
 # Above this many parameters each layer is updated as soon as its gradients are ready, while they are in cache; below,
 # one call for all of them costs less than one per layer.
 UPDATE_BY_LAYER = 2**17
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how to train. patience: epochs without a better validation log-likelihood before stopping.
-
-    device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
-    activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS. schedule, weight_decay: of the
-    learning rate and of the networks' weights, see nicecp.decay.
-    """
-
-    epochs: int = 100
-    batch_size: int = 200
-    optimizer: Optimizer = AdaM()  # noqa: RUF009 (frozen, so sharing it is safe)
-    patience: int | None = None
-    seed: int = 0
-    window: int = SHUFFLE_WINDOW
-    activations: str = "store"
-    device_memory_limit: int | None = None
-    schedule: str = "constant"
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_decay(self.schedule, self.weight_decay)
-        if self.activations not in ACTIVATIONS:
-            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
-        for name in ("epochs", "batch_size", "window", "seed"):
-            whole_number(getattr(self, name), name)
-        if not isinstance(self.optimizer, Optimizer):
-            raise TypeError(f"optimizer must be an AdaM or RMSProp object, got {self.optimizer!r}")
-        if self.patience is not None:
-            whole_number(self.patience, "patience")
-        for name in ("epochs", "batch_size", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in 0..2**64 - 1, got {self.seed}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
 
 
 class Callback:
@@ -110,7 +72,7 @@ class Trainer:
 
     The flow's preprocessing must fit the data (NICE.prepare). callbacks: Callback objects, or functions of an
     EpochRecord, or a single one. After ``run`` the flow holds the best parameters (by validation; the last ones without
-    validation).
+    validation). communicator: of the ranks that train together, each with its own Trainer on the same data.
     """
 
     def __init__(
@@ -120,16 +82,19 @@ class Trainer:
         valid: Split | None,
         config: TrainConfig,
         callbacks: Callbacks = (),
+        communicator: Communicator = ALONE,
     ) -> None:
         check_fits(flow, train)
+        self.communicator = communicator
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
+        window, own = max(config.window, config.batch_size), own_rows(config.batch_size, communicator)
         rows = presented(train, flow.preprocessing, config.seed)
-        self.reader = EpochReader(rows, config.batch_size, config.seed, max(config.window, config.batch_size))
+        self.reader = StreamReader(rows, config.batch_size, config.seed, window, own)
         self.record = RunRecord(seed=config.seed)
         self.position = 0  # batches of the running epoch already presented
         self.stale_epochs = 0
-        self._stop = False
+        self._stop = 0  # the number with which this process was asked to
         self._epoch_seconds = 0.0
         self._skipped = 0  # steps skipped up to the end of the last epoch
 
@@ -149,10 +114,12 @@ class Trainer:
         if config.weight_decay:
             decay = config.optimizer.rate * config.weight_decay
             self._decay = WeightDecay(backend, network.layout, flow.spec.dtype, self.p, decay)
-        self._ws = network.workspace(config.batch_size, keep=True, activations=config.activations)
-        self._loader = Loader(flow, config.batch_size)
+        self.workspace = network.workspace(len(own), keep=True, activations=config.activations)
+        self._loader = Loader(flow, len(own))
         self._extras = Extras(flow, train.source)
-        self._evaluator = Evaluator(flow, valid) if valid is not None and len(valid) else None
+        self._evaluator = None
+        if valid is not None and len(valid):
+            self._evaluator = Evaluator(flow, valid, communicator=communicator, read_rows=config.read_rows)
         self._feed = Feed(backend, self.reader, config.device_memory_limit)
         self._fed: Fed | None = None
         self._batches_left = 0
@@ -160,35 +127,39 @@ class Trainer:
         self._recovery = Recovery(self)
         # Of all rows; an epoch leaves out less than a batch of them.
         self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
+        alone = communicator.size == 1
+        self._shared = None if alone else SharedStep(self, self._grads, config.batch_size, communicator)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def _update(self, part: Range) -> None:
+    def load(self) -> None:
+        """The rows of the batch that the state's CURSOR names into the workspace."""
+        ws, fed, seed = self.workspace, self._fed, self.config.seed
+        assert fed is not None
+        self._loader.load(ws, fed.data, fed.index, fed.rows, self.state, seed, Purpose.TRAIN_NOISE)
+        self._extras.load(ws, fed.rows, self.state)
+
+    def update(self, part: Range) -> None:
+        """The parameters of a range from their gradients."""
         self.backend.update(self.p, self.g, self.m, self.v, part.offset, part.size, self.state, self._optimizer)
 
     def _step(self) -> None:
         """One mini-batch: load, forward, loss, backward, update. Allocates nothing, and the host reads nothing."""
-        backend, ws = self.backend, self._ws
-        seed, purpose = self.config.seed, Purpose.TRAIN_NOISE
-        fed = self._fed
-        assert fed is not None
-        self._loader.load(ws, fed.data, fed.index, fed.rows, self.state, seed, purpose)
-        self._extras.load(ws, fed.rows, self.state)
+        backend, ws = self.backend, self.workspace
+        self.load()
         self.network.forward(ws, self.views)
         backend.loss(self.state, ws.dlogp, ws.logp, ws.weight)
         by_layer = self.network.layout.size > UPDATE_BY_LAYER
-        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self._update if by_layer else None)
+        self.network.backward(ws, self.views, self._grads, want_dx=False, ready=self.update if by_layer else None)
         if not by_layer:
-            self._update(Range(0, self.network.layout.size))
+            self.update(Range(0, self.network.layout.size))
         backend.advance(self.state)
 
     def _check(self) -> None:
         """Before the first step of an epoch: can its batch be recomputed from what the flow makes of it?"""
         if self.config.activations == "recompute":
-            seed, fed = self.config.seed, self._fed
-            assert fed is not None
-            self._loader.load(self._ws, fed.data, fed.index, fed.rows, self.state, seed, Purpose.TRAIN_NOISE)
-            check_reconstruction(self.network, self._ws, self.views, self.record.epoch + 1)
+            self.load()
+            check_reconstruction(self.network, self.workspace, self.views, self.record.epoch + 1, self.communicator)
 
     def step(self) -> None:
         """One training step on the next batch; begins and ends epochs' windows as needed, without validation."""
@@ -216,7 +187,7 @@ class Trainer:
         self._set(CURSOR=0.0)
         self._fed, self._batches_left = fed, fed.n_batches
         if fed.fresh or fed.slot not in self._steps:
-            self._steps[fed.slot] = self.backend.record(self._step)
+            self._steps[fed.slot] = self.backend.record(self._step) if self._shared is None else self._shared.record()
         self._recovery.window_opened()
 
     def _set(self, **slots: float) -> None:
@@ -227,14 +198,24 @@ class Trainer:
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
-    def request_stop(self) -> None:
-        """Finish the running step, then leave run(). May be called from a signal handler."""
-        self._stop = True
+    def request_stop(self, number: int = -1) -> None:
+        """Finish the running step, then leave run(); of several ranks, all do. May be called from a signal handler.
+
+        number : of the signal, if there was one.
+        """
+        self._stop = number
+        if self._shared is not None:
+            self._shared.request = number
+
+    @property
+    def stop_number(self) -> int:
+        """With what the running or last run() was asked to stop, by this rank or, in step with all, another; else 0."""
+        return self._stop if self._shared is None else self._shared.stop
 
     @property
     def stopped(self) -> bool:
         """True if run() was left because of request_stop."""
-        return self._stop
+        return self.stop_number != 0
 
     @property
     def finished(self) -> bool:
@@ -251,11 +232,16 @@ class Trainer:
             The loss is not finite again and again (nicecp.recovery), or every epoch's validation; or activations
             cannot be recomputed (nicecp.reconstruction).
         """
-        self._stop = False
+        self._stop = 0
+        if self._shared is not None:
+            self._shared.request = self._shared.stop = 0
         # An overflow shows in the loss: the step is skipped, counted and reported.
         with self.backend.computing(), np.errstate(over="ignore", invalid="ignore"):
-            while not self.finished and not self._stop:
-                self._run_epoch()
+            try:
+                while not self.finished and not self.stopped:
+                    self._run_epoch()
+            finally:
+                self.reader.close()
         if self.finished:
             self.backend.assign(self.p, self.best)
             if self.record.best_epoch == 0:
@@ -279,7 +265,18 @@ class Trainer:
         started = time.perf_counter()
         if self.position == 0:
             self._begin_epoch()
-        for count, fed in enumerate(self._feed.epoch(self.record.epoch + 1, self.position)):
+        # Closed even when a step fails: its thread, if it has one, must be done before the reader's is stopped.
+        with contextlib.closing(self._feed.epoch(self.record.epoch + 1, self.position)) as blocks:
+            self._run_blocks(blocks)
+        self.backend.synchronize()
+        if self.position < self.reader.n_batches:
+            self._epoch_seconds += time.perf_counter() - started
+            return
+        self._end_epoch(started)
+
+    def _run_blocks(self, blocks: Iterable[Fed]) -> None:
+        """The steps on what is left of an epoch, or until stopped."""
+        for count, fed in enumerate(blocks):
             self._open(fed)
             if count == 0:
                 self._check()
@@ -288,19 +285,15 @@ class Trainer:
                 self._recovery.after_step(self._batches_left == 0)
                 for callback in self.callbacks:
                     callback.on_step(self)
-                if self._stop:
-                    break
-            if self._stop:
-                break
-        self.backend.synchronize()
-        if self.position < self.reader.n_batches:
-            self._epoch_seconds += time.perf_counter() - started
-            return
-        self._end_epoch(started)
+                if self.stopped:
+                    return
 
     def _end_epoch(self, started: float) -> None:
         epoch = self.record.epoch + 1
         self._recovery.before_validation()
+        if self._shared is not None:
+            number = self._shared.checksum(self.p, self.m, self.v, self.state)
+            logger.info("epoch %d: %s, checksum %08x", epoch, self.communicator.describe(), number)
         state = self.backend.copy_out(self.state)
         self._note_skipped(epoch, state)
         train = math.nan  # no batch had a finite loss

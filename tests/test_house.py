@@ -165,7 +165,7 @@ def test_imports_are_declared(module: str) -> None:
     """Third-party modules come from the dependencies, none is a deep-learning framework; extras only in functions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
-    extras = {"matplotlib", "cupy", "cuda", "sklearn"}  # cuda.pathfinder comes with CuPy
+    extras = {"matplotlib", "cupy", "cuda", "sklearn", "mpi4py"}  # cuda.pathfinder comes with CuPy
     base.add("llvmlite")  # is a part of Numba: a version of one goes with a version of the other
     for name in imports_of(TREES[module]):
         top = name.split(".")[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from nicecp.feed import Fed, Feed
 from nicecp.flow import NICE
@@ -14,6 +16,7 @@ from nicecp.kernels.backend import Backend, Purpose, Slot
 from nicecp.preprocessing import Dequantize
 from nicecp.sources import ArraySource
 from nicecp.split import EpochReader, Split
+from nicecp.stream import StreamReader
 from nicecp.train import TrainConfig, Trainer
 from tests import gates
 from tests.emulated import build
@@ -106,17 +109,51 @@ def test_an_epoch_that_is_left_early_leaves_nothing_behind(device: Any) -> None:
     assert counts == [1] * 5
 
 
-def test_rows_that_arrive_are_those_of_the_reader(device: Any) -> None:
-    feed, host = Feed(device, reader(40), 2 * 2 * BATCH * ROW), reader(40)
-    expected = np.concatenate([window.data[window.index] for window in host.epoch(2)])
-    expected_rows = np.concatenate([window.rows for window in host.epoch(2)])
+def own_of(entries: NDArray[Any], own: range) -> NDArray[Any]:
+    """Of entries of whole batches those of a rank's rows."""
+    batches = entries.reshape(-1, BATCH, *entries.shape[1:])[:, own.start : own.stop]
+    return batches.reshape(-1, *entries.shape[1:])
+
+
+@pytest.mark.parametrize("window", [40, 2**18])
+@pytest.mark.parametrize("own", [range(BATCH), range(3, 6)], ids=["all", "own"])
+def test_rows_that_arrive_are_those_of_the_reader(device: Any, own: range, window: int) -> None:
+    split, host = reader().split, reader(window)
+    stream = StreamReader(split, BATCH, 5, window, own)
+    feed, n_batches = Feed(device, stream, 2 * 2 * len(own) * ROW), 0
+    assert feed.streams
+    expected = np.concatenate([part.data[part.index] for part in host.epoch(2)])
+    expected_rows = np.concatenate([part.rows for part in host.epoch(2)])
     data, rows = [], []
     for fed in feed.epoch(2):
-        count = fed.n_batches * BATCH
+        count = fed.n_batches * len(own)
+        n_batches += fed.n_batches
         data.append(device.copy_out(fed.data[:count]))
         rows.append(device.copy_out(fed.rows[:count]))
-    assert np.array_equal(np.concatenate(data), expected)
-    assert np.array_equal(np.concatenate(rows), expected_rows)
+    stream.close()
+    assert n_batches == host.n_batches
+    assert np.array_equal(np.concatenate(data), own_of(expected, own))
+    assert np.array_equal(np.concatenate(rows), own_of(expected_rows, own))
+
+
+def test_a_cpu_reads_the_reader_s_two_buffers_where_they_are() -> None:
+    stream = StreamReader(reader().split, BATCH, 5, 40)
+    feed, seen = Feed(get_backend("cpu", 1), stream), []
+    for epoch in (1, 2):
+        for fed in feed.epoch(epoch):
+            assert any(fed.data is buffer for buffer, _ in stream._buffers), "not a copy"
+            seen.append((fed.slot, fed.fresh))
+    stream.close()
+    assert [slot for slot, _ in seen] == [0, 1, 0, 1, 0, 1]
+    assert [fresh for _, fresh in seen] == [True, True, False, False, False, False]
+
+
+def test_a_step_that_fails_leaves_no_thread_behind(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    monkeypatch.setattr(Trainer, "_next_batch", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained(device, 2 * BATCH * ROW, 40)
+    assert threading.active_count() == before
 
 
 def test_a_limit_below_two_batches_is_refused(device: Any) -> None:

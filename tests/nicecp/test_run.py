@@ -37,7 +37,7 @@ def test_files_of_a_run(table: str, tmp_path: Path) -> None:
     best = max(record.history, key=lambda row: row.valid_log_likelihood)
     assert (record.best_epoch, record.best_valid_log_likelihood) == (best.epoch, best.valid_log_likelihood)
     assert (record.epoch, record.seed, record.threads) == (4, 4, 1)
-    assert set(record.versions) == {"nicecp", "python", "numpy", "numba", "h5py", "blas"}
+    assert set(record.versions) == {"nicecp", "python", "numpy", "numba", "h5py", "blas", "ranks"}
     assert all(record.versions.values())
     assert record.config["data"] == table
     settings = Settings.from_json(record.config["settings"])

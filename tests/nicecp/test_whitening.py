@@ -263,7 +263,7 @@ def test_steps_with_whitening_allocate_nothing_that_grows() -> None:
     split = train_of(data)
     flow = NICE(64, (32,), 3, dtype="float32", threads=1, preprocessing=(Dequantize(), fit_zca(split, (Dequantize(),))))
     trainer = Trainer(flow, split, None, TrainConfig(3, 100))
-    addresses = [array.ctypes.data for array in (*trainer._ws.x, trainer._loader._x, trainer._loader._z)]
+    addresses = [array.ctypes.data for array in (*trainer.workspace.x, trainer._loader._x, trainer._loader._z)]
     for _ in range(5):
         trainer.step()
     tracemalloc.start()
@@ -271,9 +271,9 @@ def test_steps_with_whitening_allocate_nothing_that_grows() -> None:
         trainer.step()
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
-        trainer._runnable()  # type: ignore[misc]
+        trainer._steps[0]()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak - before < 100 * 64 * 4 // 2  # less than half a batch
-    assert addresses == [array.ctypes.data for array in (*trainer._ws.x, trainer._loader._x, trainer._loader._z)]
+    assert addresses == [array.ctypes.data for array in (*trainer.workspace.x, trainer._loader._x, trainer._loader._z)]
