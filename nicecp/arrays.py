@@ -220,8 +220,10 @@ class DeviceRows:
             return array.reshape(-1, d), shape, given
 
     def _inputs(self, x: Array) -> Array:
-        """Contiguous rows in the flow's dtype."""
-        return self._flow.backend.xp.ascontiguousarray(x.astype(self._flow.dtype))
+        """Contiguous rows in the flow's dtype, in memory of the backend's own."""
+        inputs = self._flow.backend.alloc(x.shape, self._flow.dtype)
+        inputs[...] = x
+        return inputs
 
     def _finite_context(self, call: Call) -> Any:
         """Which rows have a context that is not NaN."""

@@ -76,10 +76,10 @@ def test_a_change_in_another_file_is_noticed(tmp_path: Path) -> None:
 
     assert run() == ["0", "2"]
     assert run() == ["1", "2"]
-    backend = package / "kernels" / "backend.py"
-    text = backend.read_text()
+    state = package / "kernels" / "state.py"
+    text = state.read_text()
     assert "CURSOR = 2 " in text
-    backend.write_text(text.replace("CURSOR = 2 ", "CURSOR = 1 "))
+    state.write_text(text.replace("CURSOR = 2 ", "CURSOR = 1 "))
     assert run() == ["0", "1"]
 
 
