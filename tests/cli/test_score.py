@@ -153,7 +153,7 @@ def test_rows_and_columns_are_chosen(folder: Path, capsys: pytest.CaptureFixture
     found = scored("table-run.h5", *words, "--out", "s.h5", "--plot", "page.pdf", capsys=capsys)
     assert (found["rows"], found["figures"]) == (50, ["page.pdf"])
     with h5py.File("table.h5") as file, h5py.File("s.h5") as out:
-        expected = load("table-run.h5").log_prob(file["clean"][100:150, ::-1])
+        expected = load("table-run.h5").log_prob(file["clean"][100:150][:, ::-1])
         np.testing.assert_allclose(out["log_prob"][()], expected, rtol=1e-12)
 
 
