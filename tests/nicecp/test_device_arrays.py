@@ -126,7 +126,7 @@ def test_more_rows_than_go_into_one_pass(device: Any, monkeypatch: pytest.Monkey
     np.testing.assert_allclose(get(device, there.log_prob(put(device, X))), here.log_prob(X), rtol=1e-11)
     np.testing.assert_allclose(get(device, there.inverse(put(device, X))[0]), here.inverse(X)[0], rtol=1e-10)
     np.testing.assert_allclose(there.sample(9, 5), here.sample(9, 5), rtol=1e-10, atol=1e-12)
-    assert np.array_equal(there.sample(4, 5, first=5), there.sample(9, 5)[5:]), "the last rows alone, for a rank"
+    assert np.array_equal(there.sample(5, 5, first=4), there.sample(9, 5)[4:]), "the last passes alone, for a rank"
 
 
 def test_rows_that_are_not_finite(device: Any) -> None:
