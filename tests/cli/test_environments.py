@@ -76,6 +76,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(table: str, small_disk: Path) -> None:
     done = nicecp(*new_run(table, "run.h5", "--hidden", "300,300"), folder=small_disk)
     refused(done, "'run.state.h5'", "No space left on device); free some space")

@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("data", "rate", "said"), [("table.h5", "1e5", "at its bound"), ("images.h5", "1e6", "went back")]
 )
+@pytest.mark.slow
 def test_training_that_overflows(folder: Path, data: str, rate: str, said: str) -> None:
     """In a process of its own, where NumPy's warnings would be shown: it ends, and says in words what happened."""
     command = [sys.executable, "-m", "nicecp", "train", "--data", data, "--lr", rate, *SMALL]

@@ -207,6 +207,7 @@ def test_statistics_of_rows_without_numbers() -> None:
     assert (weighted.mean, weighted.minimum) == (-3.0, -4.0)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nicecp.score_file._BLOCK_ROWS", 4096)
     monkeypatch.setattr("nicecp.convert._IN_MEMORY", 2**16)
@@ -260,6 +261,7 @@ def test_mistakes_are_one_line(
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_in_a_folder_or_on_one_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["table-run.h5", "--data", "table.h5", "--overwrite"]
     found = scored(*words, "--out", "s.h5", "--plot", "figures", capsys=capsys)

@@ -47,6 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["int", "term", "hup"]
 )
+@pytest.mark.slow
 def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "table.h5").write_bytes((whole / "table.h5").read_bytes())
     process = start(LONG + EPOCHS, tmp_path)

@@ -59,6 +59,7 @@ def gradients(backend: Backend, spec: ModelSpec, activations: str, recorded: boo
 @pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("laws", list(LAWS))
+@pytest.mark.slow
 def test_gradients(backend: Backend, laws: str, dtype: str, recorded: bool) -> None:
     spec = gates.make_spec(5, [(4,), (), (3, 4), (6, 5, 3), (3,)], "logistic", dtype, 1, LAWS[laws])
     stored = gradients(backend, spec, "store", recorded)

@@ -12,6 +12,7 @@ from tests.nicecp.test_point import CASES, D, make
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n", [8, 16, 33, 1000])
+@pytest.mark.slow
 def test_blocks_of_rows_have_the_log_densities_of_the_oracle(case: str, n: int) -> None:
     flow, x, expected = make(**CASES[case])
     x, expected = np.resize(x, (n, x.shape[1])), np.resize(expected, n)

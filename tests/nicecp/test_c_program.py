@@ -22,6 +22,7 @@ def run(**variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler: {COMPILER!r} is not there")
+@pytest.mark.slow
 def test_a_chain_in_c_has_the_moments_of_the_flow() -> None:
     """The program compares them itself and fails where they differ."""
     done = run()

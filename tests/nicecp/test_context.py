@@ -104,6 +104,7 @@ def test_gradients_and_density_are_the_oracles(backend: Backend, shape: str, dty
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("coupling", ["additive", ("affine", "additive")])
+@pytest.mark.slow
 def test_check_gradients_covers_contexts(dtype: str, coupling: Any) -> None:
     flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, seed=3, coupling=coupling, n_context=2)
     rng = np.random.default_rng(0)

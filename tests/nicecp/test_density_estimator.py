@@ -48,6 +48,7 @@ def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
+@pytest.mark.slow
 def test_no_check_is_left_out() -> None:
     """One of them only runs where SciPy was told so before it was imported."""
     code = (
@@ -116,6 +117,7 @@ def test_random_states_decide() -> None:
         NICEDensity().score_samples(x)
 
 
+@pytest.mark.slow
 def test_pipelines_and_searches_in_two_processes() -> None:
     x, expected = correlated(600)
     pipeline = make_pipeline(StandardScaler(), NICEDensity(hidden=(16,), epochs=40, random_state=0))

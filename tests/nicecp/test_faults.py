@@ -116,6 +116,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("call", "number", "nth", "words"), FAULTS)
 @pytest.mark.parametrize("what", ["train", "sample", "csv"])
+@pytest.mark.slow
 def test_one_clear_error_and_the_old_files_as_they_were(
     shim: str, run_folder: Path, tmp_path: Path, call: str, number: int, nth: int, words: str, what: str
 ) -> None:

@@ -22,6 +22,7 @@ def test_killed_runs_lose_nothing_that_was_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["data", "checkpoint"])
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_read(kind: str) -> None:
     """The first cases of one seed; those that hang HDF5 are refused in the ordinary way (tests/mutate.py)."""
     said: list[str] = []

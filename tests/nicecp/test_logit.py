@@ -139,6 +139,7 @@ def test_no_logit_of_such_numbers(low: Any, high: Any, margin: float, says: str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["logit", "logit, standardize", "logit, zca, triangular", "twice"])
 @pytest.mark.parametrize("partition", ["odd-even", "halves"])
+@pytest.mark.slow
 def test_flows_behind_a_logit(one_backend: Backend, dtype: str, name: str, partition: str) -> None:
     steps = twice() if name == "twice" else steps_of(name)
     spec = gates.make_spec(D, [(4,), (3, 4), (4,)], dtype=dtype, laws=("affine", "additive"), partition=partition)

@@ -347,6 +347,7 @@ assert log_prob(np.zeros(d)) == flow.log_prob(np.zeros(d))
 """
 
 
+@pytest.mark.slow
 def test_flows_of_all_shapes_share_one_compiled_function(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     found = []

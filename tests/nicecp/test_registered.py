@@ -36,6 +36,7 @@ known = pytest.fixture(autouse=True)(registered)
 @EACH
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("partition", ["odd-even", (4, 1, 0, 2, 3)])
+@pytest.mark.slow
 def test_gradients_are_right(law: Any, network: str, dtype: str, partition: Any) -> None:
     report = check_gradients(make(law, network, dtype=dtype, partition=partition), rows())
     assert report.error <= 0.5
@@ -103,6 +104,7 @@ LAW_MISTAKES: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("mistake", list(LAW_MISTAKES))
+@pytest.mark.slow
 def test_mistakes_in_a_law_are_found(mistake: str) -> None:
     check_gradients(make("stretch", "mlp"), rows())
     nicecp.register_coupling("stretch", spoiled(Stretch, *LAW_MISTAKES[mistake]))

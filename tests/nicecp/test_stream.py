@@ -55,6 +55,7 @@ def assert_same(one: list[Any], other: list[Any]) -> None:
 
 @pytest.mark.parametrize("kind", list(splits()))
 @pytest.mark.parametrize(("batch", "window"), [(100, 1000), (100, 2500), (64, 64), (777, 800), (1, 1500), (300, 10**6)])
+@pytest.mark.slow
 def test_batches_are_those_of_the_reader_in_memory(kind: str, batch: int, window: int) -> None:
     """Over several epochs, and from the middle of one."""
     split = splits()[kind]

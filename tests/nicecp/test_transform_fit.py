@@ -199,6 +199,7 @@ def test_noise_on_recorded_values_is_the_row_s_own() -> None:
 
 @pytest.mark.parametrize("text", ["auto", "mass=log,phi=angle,eff=logit(0:1),dxy=student,*=recorded+quantile"])
 @pytest.mark.parametrize("whiten", ["none", "gaussian"])
+@pytest.mark.slow
 def test_evaluation_is_log_prob(text: str, whiten: str, tmp_path: Path) -> None:
     """Training, validation and scores of a checkpoint are those of log_prob in the data's space, row by row."""
     import h5py
