@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from nicecp import __version__
-from nicecp.cli.console import abandon, messages, note, silence
+from nicecp.cli.console import abandon, messages, note
 from nicecp.cli.options import debug_option
 from nicecp.cli.stops import INTERRUPTED
 from nicecp.errors import NicecpError
@@ -92,7 +92,8 @@ def run(arguments: list[str]) -> int:
         with messages(debug), cli.make_context("nicecp", arguments) as ctx:
             result: Any = cli.invoke(ctx)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        # Launchers end all processes when one fails, maybe before rank 0 has said why: its exit code is that of all.
+        return result if isinstance(result, int) and launched()[1] == 0 else 0
     except click.exceptions.Exit as ending:  # --help and --version
         return ending.exit_code
     except Exception as error:
@@ -105,8 +106,8 @@ def _failed(error: Exception, debug: bool) -> int:
 
     alike = parallel.failed_alike()
     if alike and parallel.launched()[1] > 0:
-        silence(errors=True)
-    elif debug:
+        return 0  # as in run
+    if debug:
         traceback.print_exc()
     code = _report(error)
     if not alike:

@@ -15,19 +15,19 @@ import click
 
 # A progress bar, while there is one, registers how to get out of the way of a line.
 around_line: list[Callable[[Callable[[], None]], None]] = []
-_quiet = 0  # 1: errors alone are shown, 2: nothing
+_quiet = False  # errors alone are shown
 
 
-def silence(errors: bool = False) -> None:
-    """From here on this process, one of several, leaves it to rank 0 to show things; ``errors`` of its own, too."""
+def silence() -> None:
+    """From here on this process, one of several, leaves it to rank 0 to show things but its own errors."""
     global _quiet
     if not _quiet:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lasts)
-    _quiet = 2 if errors else 1
+    _quiet = True
 
 
 def is_silent() -> bool:
-    return _quiet > 0
+    return _quiet
 
 
 class _OneLine(logging.Handler):
@@ -47,7 +47,7 @@ class _OneLine(logging.Handler):
 
 def note(line: str, error: bool = False) -> None:
     """A line on standard error, above the progress bar if there is one; a terminal that has gone does not matter."""
-    if _quiet > error:
+    if _quiet and not error:
         return
 
     def write() -> None:

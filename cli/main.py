@@ -40,8 +40,8 @@ def _interrupted(stop: KeyboardInterrupt, arguments: list[str]) -> int:
     """For what interrupts a command; `train` says itself what it has saved, once it has begun."""
     what, code = describe_stop(stop)
     console = sys.modules.get("nicecp.cli.console")
-    if console is not None and console.is_silent():  # rank 0 says it
-        return code
+    if console is not None and console.is_silent():  # rank 0 says it, and its exit code is that of all
+        return 0
     nothing = "; nothing was saved" if arguments[:1] == ["train"] else ""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"nicecp: error: {what}{nothing}\n")
