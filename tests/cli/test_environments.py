@@ -83,6 +83,7 @@ def test_a_full_disk(table: str, small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_keeps_the_old_checkpoint(table: str, small_disk: Path) -> None:
     assert nicecp(*new_run(table, "run.h5"), folder=small_disk).returncode == 0
     before = {path.name: path.read_bytes() for path in small_disk.iterdir()}

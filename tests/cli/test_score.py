@@ -276,6 +276,7 @@ def test_figures_in_a_folder_or_on_one_page(folder: Path, capsys: pytest.Capture
     assert not Path("t.h5").exists()
 
 
+@pytest.mark.slow
 def test_figures_of_images_and_of_weights(folder: Path) -> None:
     flow, x = load("table-run.h5"), np.random.default_rng(0).normal(size=(200, D))
     weighted = compare(flow, Beside(ArraySource(x, columns=tuple("abcd")), weight=np.arange(200)), rows=100)

@@ -213,6 +213,7 @@ def documented_log_prob() -> Callable[[Any, Any], Any]:
         ("additive", "permutation"),
     ],
 )
+@pytest.mark.slow
 def test_the_documented_reader_gives_the_flow_s_log_prob(
     tmp_path: Path, prior: str, dtype: str, n_features: int, law: str | tuple[str, ...], partition: str
 ) -> None:

@@ -140,6 +140,7 @@ def test_one_clear_error_and_the_old_files_as_they_were(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_synced_is_an_error_and_the_new_file_is_whole(
     shim: str, run_folder: Path, tmp_path: Path
 ) -> None:
