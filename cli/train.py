@@ -139,6 +139,13 @@ def _number_options(function: Any) -> Any:
     help="After each update the networks' weights are multiplied by 1 - rate times this.",
 )
 @click.option(
+    "--weight-average",
+    metavar="none|tail:EPOCHS|ema:DECAY",
+    show_default="none",
+    help="Validate averaged parameters beside each epoch's own, and keep the better ones: their mean over the last "
+    "EPOCHS of the run, or a moving average that keeps DECAY of itself at every epoch, such as 0.95.",
+)
+@click.option(
     "--patience",
     type=click.IntRange(1, 2**31 - 1),
     show_default=PRESET,
@@ -332,39 +339,13 @@ def train(
 
 # Settings under the names of their options, where these differ by more than dashes.
 _OPTIONS = {name: option for option, name, _, _ in _NUMBERS} | {"range": "--range", "value_range": "--range"}
-_NAMES = (
-    "epochs",
-    "batch_size",
-    "hidden",
-    "couplings",
-    "coupling",
-    "prior",
-    "patience",
-    "seed",
-    "dtype",
-    "preset",
-    "optimizer",
-    "precision",
-    "device_memory_limit",
-    "partition",
-    "schedule",
-    "weight_decay",
-    "transform",
-)
 _OPTIONS["order"] = "--partition-file"
-_OPTIONS |= {
-    name: "--" + name.replace("_", "-")
-    for name in (
-        *_NAMES,
-        "valid_fraction",
-        "whiten",
-        "regularization",
-        "logit",
-        "activations",
-        "transform",
-        "memory_limit",
-    )
-}
+_NAMES = (
+    "epochs", "batch_size", "hidden", "couplings", "coupling", "prior", "patience", "seed", "dtype", "preset",
+    "optimizer", "precision", "partition", "device_memory_limit", "schedule", "weight_decay", "weight_average",
+    "transform", "whiten", "valid_fraction", "regularization", "logit", "activations", "memory_limit",
+)  # fmt: skip
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in _NAMES}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",
