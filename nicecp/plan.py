@@ -94,7 +94,7 @@ def pinned_bytes(settings: Settings, train: Split, device: str) -> int:
         return 0
     row, size = train.source.n_features * train.source.dtype.itemsize, settings.batch_size
     rows, limit = len(train), settings.device_memory_limit
-    batches = streamed_batches(device, rows, size, -(-rows // size), row, rows <= settings.window, limit)
+    batches = streamed_batches(device, rows, size, rows // size, row, rows <= settings.window, limit)
     return 2 * batches * size * (row + 8) + STAGED
 
 
