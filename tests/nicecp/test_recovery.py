@@ -142,7 +142,9 @@ def test_going_back_is_the_same_after_a_resume(table: str, tmp_path: Path, stop:
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
     train(table, whole, [Bad()], prior="gaussian")
     train(table, parts, [Bad(), StopAt(stop, Trainer.request_stop)], prior="gaussian")
+    saved = load_state(state_path(parts))[2]
     with Run.resume(parts) as run:
+        assert run.trainer.resume_state().bad_steps == saved.bad_steps  # saved again before its first step
         bad = Bad()
         bad.on_step(run.trainer)  # its first step is a bad one as well
         assert run.execute([bad]).finished
@@ -159,24 +161,27 @@ def test_going_back_is_the_same_after_a_resume(table: str, tmp_path: Path, stop:
 # --- the log-scale ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 15.9), ("float64", 36.0)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "partition", "column"), [("float32", 15.9, "odd-even", 3), ("float64", 36.0, "halves", 4)]
+)
 def test_a_log_scale_at_its_bound_is_held_and_named(
-    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, bound: float
+    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, bound: float, partition: str, column: int
 ) -> None:
     assert log_scale_bound(np.dtype(dtype)) == pytest.approx(bound, abs=0.1)
 
     class Push(Callback):
         def on_step(self, trainer: Trainer) -> None:
-            trainer.views.scaling[1][1] = 1000.0  # column 3
+            trainer.views.scaling[1][1] = 1000.0
             trainer.views.scaling[0][0] = -1000.0
 
     with caplog.at_level(logging.WARNING, "nicecp"):
-        outcome = train(table, tmp_path / "run.h5", [Push()], dtype=dtype, epochs=2, patience=None)
+        more = {"dtype": dtype, "partition": partition}
+        outcome = train(table, tmp_path / "run.h5", [Push()], epochs=2, patience=None, **more)
     log_scale = load(tmp_path / "run.h5").parameters()["scaling/log_scale"]
     assert np.abs(log_scale).max() <= log_scale_bound(np.dtype(dtype)) * (1 + 1e-6)
     messages = [event.message for event in outcome.record.events if event.kind == "log-scale"]
     assert len(messages) == 1  # not once an epoch
-    assert f"bound of {bound} nats in columns 0, 3:" in messages[0]
+    assert f"bound of {bound} nats in columns 0, {column}:" in messages[0]
     assert messages[0] in caplog.text
 
 
