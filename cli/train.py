@@ -25,6 +25,7 @@ from nicecp.cli.options import (
 )
 from nicecp.cli.stops import describe_stop
 from nicecp.errors import CheckpointError
+from nicecp.outputs import same_file
 
 if TYPE_CHECKING:
     from nicecp.run import Run
@@ -271,12 +272,16 @@ def train(
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
+    if resume is not None and overwrite:
+        raise click.UsageError("--overwrite is for new runs: a resumed run replaces its own files anyway")
     if resume is not None and (dry_run or profile):
         raise click.UsageError(f"--{'dry-run' if dry_run else 'profile'} is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
         raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
+    if partition_file is not None and same_file(partition_file, out or "run.h5"):
+        raise click.UsageError(f"the run would replace its --partition-file {partition_file!r}: choose another --out")
     rows = {name: given.pop(name) for name in ("columns", "select", "burn", "thin")}
     settings: dict[str, Any] = {
         "preset": preset,
@@ -349,22 +354,16 @@ _NAMES = (
     "partition",
     "schedule",
     "weight_decay",
+    "valid_fraction",
+    "whiten",
+    "regularization",
+    "logit",
+    "activations",
     "transform",
+    "memory_limit",
 )
 _OPTIONS["order"] = "--partition-file"
-_OPTIONS |= {
-    name: "--" + name.replace("_", "-")
-    for name in (
-        *_NAMES,
-        "valid_fraction",
-        "whiten",
-        "regularization",
-        "logit",
-        "activations",
-        "transform",
-        "memory_limit",
-    )
-}
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in _NAMES}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",

@@ -172,6 +172,8 @@ def resolve(
         raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
+    if eight_bit and values.get("allow_constant"):
+        raise ValueError("8-bit data may have constant columns anyway: leave --allow-constant out")
     if values.get("dtype") in (None, "auto"):
         values["dtype"] = "float32" if eight_bit else "float64"
     settings = Settings(

@@ -13,7 +13,7 @@ from typing import Any
 from nicecp.beside import n_context_of
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
-from nicecp.data_spec import from_record, plain_data, to_record
+from nicecp.data_spec import files_in, from_record, plain_data, to_record
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import READ_ROWS
 from nicecp.extras import fit_context, weights_noted
@@ -117,7 +117,7 @@ class Run:
         with contextlib.ExitStack() as held:
             first = communicator.from_first
             if out is not None:
-                first(lambda: claim(held, out, files_of(out, keep), overwrite, plain_data(data)))
+                first(lambda: claim(held, out, files_of(out, keep), overwrite, files_in(data)))
             fraction, seed = given.get("valid_fraction"), given.get("seed")
             fraction = valid_fraction_of(preset) if fraction is None else fraction
             splits = open_splits(data, fraction, 0 if seed is None else seed)

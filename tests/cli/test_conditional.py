@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,27 @@ def test_samples_at_a_context(folder: Path, capsys: pytest.CaptureFixture[str]) 
     )
     assert "neither numbers" in refused(capsys, "sample", "a.h5", "--context", "nan,1", "--out", "no.h5")
     assert not Path("no.h5").exists()
+
+
+def test_files_of_contexts_and_weights_are_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("beside.h5") as source, h5py.File("apart.h5", "w") as file:
+        file["ctx"], file["w"] = source["ctx_test"][()], source["w_test"][()]
+    before = Path("apart.h5").read_bytes()
+    out = ("--out", "apart.h5", "--overwrite")
+    rows = ("--data", "beside.h5:/test", "--context", "apart.h5:/ctx")
+    weights = ("--data", "beside.h5:/test", "--context", "/ctx_test", "--weights", "apart.h5:/w")
+    for words in (
+        ("train", *rows, *SMALL, *out),
+        ("train", *weights, *SMALL, *out),
+        ("score", "b.h5", *rows, "--weights", "none", *out),
+        ("score", "b.h5", *weights, *out),
+        ("score", "b.h5", *rows, "--weights", "none", "--out", "s.h5", "--plot", "apart.png", "--overwrite"),
+        ("sample", "b.h5", "--context", "apart.h5:/ctx", *out),
+    ):
+        if "--plot" in words:
+            os.link("apart.h5", "apart.png")
+        assert "it is one of the inputs; choose another name" in refused(capsys, *words)
+        assert Path("apart.h5").read_bytes() == before
 
 
 def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,6 +244,23 @@ def test_a_resumed_run_keeps_its_settings(folder: Path, capsys: pytest.CaptureFi
         assert err.endswith("; leave it out, or start a new run with another --out\n")
 
 
+def test_options_without_an_effect_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["train", "--data", "images.h5", "--epochs", "1", *SMALL], capsys)
+    new = ["train", "--data", "images.h5", "--out", "no.h5"]
+    for words, expected in (
+        (["train", "--resume", "run.h5", "--overwrite"], "--overwrite is for new runs"),
+        ([*new, "--allow-constant"], "leave --allow-constant out"),
+        ([*new, "--no-standardize"], "leave --no-standardize out"),
+        (["sample", "run.h5", "--out", "no.h5", "--columns-of-grid", "3"], "(--columns-of-grid) are for pictures"),
+        (["evaluate", "run.h5", "--data", "images.h5", "--compare", "--memory-limit", "8GiB"], "leave --memory-limit"),
+    ):
+        assert main(words) == 2
+        shown = capsys.readouterr()
+        assert expected in shown.err
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert not Path("no.h5").exists()
+
+
 def test_whitened_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The steps are in both files; a resumed run ends with the same bits; evaluation repeats the run's numbers."""
     for data, kinds, words in (
