@@ -131,7 +131,7 @@ def _number_options(function: Any) -> Any:
     "--schedule",
     type=click.Choice(["constant", "cosine"]),
     show_default=PRESET,
-    help="Of the learning rate over the epochs: cosine falls to almost 0.",
+    help="Of the learning rate over the epochs: cosine falls to almost 0 in the last of --epochs.",
 )
 @click.option(
     "--weight-decay",
@@ -216,7 +216,7 @@ def _number_options(function: Any) -> Any:
     type=byte_size,
     metavar="SIZE",
     show_default="all there is",
-    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+    help="Memory of a GPU (CPUs have none) for training data, such as 2GiB; more of them stream, to the same result.",
 )
 @click.option(
     "--checkpoint-every",

@@ -171,7 +171,8 @@ def score_file(
         check_scorable(flow, source, draws)
         scored = Scored(source.name, seed, draws)
         inputs = [os.fspath(checkpoint), *files_in(data)]
-        step = min(_block_rows(source), block_within(memory_limit, flow, source))
+        own = min(_block_rows(source), block_within(memory_limit, flow, source))
+        step = communicator.from_first(lambda: own)  # ranks differ in what they have in memory, and must not in blocks
         blocks = row_scores(flow, source, seed, draws, communicator, step)
         if communicator.rank > 0:
             for _ in blocks:
