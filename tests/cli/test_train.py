@@ -209,7 +209,7 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_laws_of_the_couplings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laws = ["--coupling", "affine,additive"]
     out, _ = run(["train", "--data", "table.h5", "--epochs", "2", *SMALL, *laws], capsys)
-    assert "3 couplings, additive with hidden 6, affine with hidden 6, logistic prior" in out
+    assert "3 couplings, affine with hidden 6, additive with hidden 6 in turn, logistic prior" in out
     flow, record = load_run("run.h5")
     assert [coupling.law for coupling in flow.spec.couplings] == ["affine", "additive", "affine"]
     assert record is not None
@@ -319,6 +319,8 @@ def test_the_plan_of_a_published_file(folder: Path, capsys: pytest.CaptureFixtur
     assert plan["seconds_per_step"] > 0
     products = [2 * 6 * 2400 + (depth - 1) * 2400 * 2400 for depth in (1, 1, 3, 3, 2, 2, 1, 1)]
     assert plan["flops"] == 2 * 20 * (3 * sum(products) - 6 * 2400)
+    depths = ["2 additive with hidden 2400", "2 additive with hidden 3x2400", "2 additive with hidden 2x2400"]
+    assert f"8 couplings, {', then '.join([*depths, depths[0]])}, parts by halves" in plan["model"]
     small = ["--preset", "cifar10", "--hidden", "8", "--batch-size", "20"]
     out, _ = run(["train", "--data", "images.h5", *small, "--dry-run", "--json"], capsys)
     plan = json.loads(out)
