@@ -207,7 +207,7 @@ def accept_changed_data(flow: NICE, splits: Splits, record: RunRecord, step: int
     except DataError as error:
         source = splits.train.source
         check_fits(flow, splits.train)
-        check_representable(splits, flow.preprocessing, flow.dtype)
+        check_representable(splits, flow.preprocessing, flow.dtype, record.seed)
         flow.info = replace(source.info, fingerprint=source.fingerprint())
         message = f"resumed on changed data, as asked for: {error}"
         logger.warning("%s", message)

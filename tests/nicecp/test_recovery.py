@@ -16,7 +16,8 @@ from nicecp.columns import check_representable, near_discrete
 from nicecp.data import open_splits
 from nicecp.errors import DataError, TrainingError
 from nicecp.flow import NICE
-from nicecp.kernels.backend import Slot
+from nicecp.kernels.backend import Purpose, Slot
+from nicecp.presented import uniform_noise
 from nicecp.recovery import IN_A_ROW, LOWER, TIMES, WENT_BACK, log_scale_bound
 from nicecp.run import Run
 from nicecp.train import Callback, Trainer
@@ -251,5 +252,21 @@ def test_numbers_too_large_for_the_working_precision_are_named(tmp_path: Path, r
     with pytest.raises(DataError, match=rf"/{role}': row 2999, column 3 is -3\.5e\+38, too large for float32; rescale"):
         train(str(path), tmp_path / "run.h5", dtype="float32", standardize=False)
     with open_splits(path) as splits:
-        check_representable(splits, (), np.float64)
+        check_representable(splits, (), np.float64, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.h5"]
+
+
+def test_noise_that_leaves_a_support_is_found_before_training_with_the_seed_of_the_run(tmp_path: Path) -> None:
+    """A test row at 0.09, recorded in steps of 0.2, before a logarithm: one time in twenty its noise is too much."""
+    x = np.round(1 + np.random.default_rng(0).exponential(size=(300, 2)), 1)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["train"], file["test"] = x, np.full((1, 2), 0.09)
+    data, found = str(tmp_path / "x.h5"), []
+    for seed in range(40):
+        u = uniform_noise(seed, Purpose.TEST_NOISE, np.zeros(1, np.int64), np.arange(2))
+        found.append(bool((0.09 + 0.2 * (u - 0.5) <= 0).any()))
+        if found[-1]:
+            with pytest.raises(DataError, match=r"test': row 0, column . is -?0\.0.*, outside the support"):
+                Run.start(data, None, transform="*=recorded(0.2)+log", **{**SMALL, "seed": seed})
+    assert not found[0]
+    assert any(found)
