@@ -136,7 +136,8 @@ def _hdf5(
     import h5py
 
     info = flow.info
-    with h5py.File("samples", "w", driver="core", backing_store=False) as file:
+    # Earlier formats limit attributes, as the columns' names are, to 64 KiB.
+    with h5py.File("samples", "w", libver=("v108", "v108"), driver="core", backing_store=False) as file:
         attrs: dict[str, Any] = {"seed": np.uint64(seed), "checkpoint": _text(checkpoint)}
         dataset = file.create_dataset("samples", data=samples.astype(flow.dtype), track_times=False)
         if info.columns is not None:
