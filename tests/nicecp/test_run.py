@@ -146,6 +146,15 @@ def test_a_checkpoint_made_on_the_way_is_enough(table: str, tmp_path: Path) -> N
     assert model_bytes(folder / "parts.h5") == model_bytes(whole)
 
 
+def test_checkpoints_after_so_many_epochs(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    more = {**SMALL, "epochs": 5, "checkpoint_every": 1e9, "checkpoint_epochs": 2}
+    with Run.start(table, tmp_path / "run.h5", **more) as run:
+        monkeypatch.setattr(run, "save", lambda: seen.append(run.trainer.record.epoch))
+        run.execute()
+    assert seen == [2, 4, 5]  # and at the end
+
+
 def test_no_checkpoint_before_its_time(table: str, tmp_path: Path) -> None:
     seen: list[bool] = []
     out = tmp_path / "run.h5"

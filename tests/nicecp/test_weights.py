@@ -14,7 +14,7 @@ from nicecp.beside import Beside, effective_rows
 from nicecp.data import column_stats, open_splits
 from nicecp.data_spec import DataSpec
 from nicecp.evaluate import evaluate
-from nicecp.extras import FEW
+from nicecp.extras import FEW, fit_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize
@@ -127,6 +127,20 @@ def test_statistics_are_those_of_repeated_rows() -> None:
     np.testing.assert_allclose(stats.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(stats.std**2, np.average((TABLE - mean) ** 2, axis=0, weights=WEIGHTS), rtol=1e-12)
     assert stats.count == (WEIGHTS > 0).sum()
+
+
+def test_the_scale_of_a_context_is_that_of_repeated_rows() -> None:
+    context = np.random.default_rng(7).normal(size=(300, 2)) * [1, 30]
+    context[:, 0] += COUNTS  # heavy rows are not like the others
+    found = [
+        fit_context(Split.contiguous(source, 0, source.n_rows, Purpose.TRAIN_NOISE))
+        for source in (
+            Beside(ArraySource(X), context, COUNTS),
+            Beside(ArraySource(np.repeat(X, COUNTS, axis=0)), np.repeat(context, COUNTS, axis=0)),
+        )
+    ]
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(getattr(found[0], name), getattr(found[1], name), rtol=1e-12)
 
 
 def test_a_learned_whitening_is_that_of_repeated_rows(one_backend: Any) -> None:
