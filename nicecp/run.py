@@ -131,9 +131,6 @@ class Run:
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             settings, read_rows = within(memory_limit, settings, splits)
-            settings = first(
-                lambda: settings
-            )  # ranks differ in what they have in memory, and must not in their windows
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, communicator.threads() if threads is None else threads)
@@ -145,6 +142,8 @@ class Run:
                 spec, None, steps, info, settings.seed, context=context, init=settings.init, backend=backend
             )
             path = None if out is None else os.fspath(out)
+            # Ranks differ in what they have in memory, from which windows follow, and must not differ in these.
+            settings = first(lambda: settings)
             run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
             run.trainer.record.events += events + first(lambda: weights_noted(splits.train, spec.n_parameters))
             run._held = held.pop_all()

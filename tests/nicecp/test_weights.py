@@ -58,6 +58,14 @@ def test_the_split_holds_the_fraction_of_the_weight(fraction: Any) -> None:
     assert held.describe()["weighted"] == 1
 
 
+def test_other_weights_are_other_data_and_another_scale_is_not() -> None:
+    """By this a run that goes on, and an evaluation, know the rows of the run again."""
+    sources = [ArraySource(TABLE), *(Beside(ArraySource(TABLE), weight=w) for w in (WEIGHTS, 4 * WEIGHTS, WEIGHTS**2))]
+    none, one, scaled, other = (source.fingerprint() for source in sources)
+    assert one == scaled
+    assert len({none, one, other}) == 3
+
+
 def test_the_split_depends_on_the_seed_and_not_on_the_scale() -> None:
     def held(weights: Any, seed: int = 3) -> list[int]:
         source = Beside(ArraySource(TABLE), weight=weights)
