@@ -296,6 +296,9 @@ def figures_of(compared: Compared) -> dict[str, tuple[Callable[[Any, Compared], 
 def check_plots(target: StrPath, overwrite: bool, *inputs: Any) -> None:
     """OutputError or MissingExtra unless figures could be written to a file, or into a folder, of that name."""
     new_figure(1, 1)
+    names = [os.fspath(name) for name in inputs if isinstance(name, (str, os.PathLike))]
+    if not os.path.lexists(target) and os.path.realpath(target) in map(os.path.realpath, names):  # an output to come
+        raise OutputError(about_file(target, "it is the name of another file of this command", "choose another name"))
     if is_file(target):
         check_output(target, overwrite, *inputs)
         return

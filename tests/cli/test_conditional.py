@@ -110,6 +110,10 @@ def test_evaluation_repeats_the_run_s_numbers(folder: Path, capsys: pytest.Captu
     plain = evaluated("b.h5", "--data", "beside.h5", "--weights", "none")
     assert plain["mean"] == pytest.approx(each.mean(), rel=1e-12)
     assert plain["effective_rows"] is None
+    chosen = evaluated("a.h5", "--data", "columns.h5", "--columns", "x,y,z", "--weights", "none")
+    with h5py.File("columns.h5") as file:
+        rows = file["train"][()]
+    assert chosen["mean"] == pytest.approx(load("a.h5").log_prob(rows[:, [0, 1, 3]], rows[:, [2, 4]]).mean(), rel=1e-12)
     with h5py.File("beside.h5") as file:
         other = file["ctx"][:60]
     with h5py.File("other.h5", "w") as file:

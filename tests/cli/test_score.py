@@ -265,6 +265,7 @@ def test_a_row_that_overflows_is_named_and_nothing_written(folder: Path, capsys:
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--draws", "2"], ["8-bit", "'table.h5:/test'"]),
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "table.h5"], ["'table.h5'", "folder"]),
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "no/p.png"], ["'no/p.png'", "folder"]),
+        (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "./s.h5"], ["'./s.h5'", "another file"]),
     ],
 )
 def test_mistakes_are_one_line(
