@@ -95,6 +95,7 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, record = load_run("run.h5")
     assert record is not None
     assert [event["valid_log_likelihood"] for event in events[1:3]] == [r.valid_log_likelihood for r in record.history]
+    assert [event["rows_per_second"] * event["seconds"] for event in events[1:3]] == pytest.approx([200, 200])
     begin, end = events[0], events[-1]
     assert begin["data"] == str(folder / "images.h5")
     assert begin["settings"] == record.config["settings"]

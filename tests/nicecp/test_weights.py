@@ -18,9 +18,11 @@ from nicecp.extras import FEW, fit_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize
+from nicecp.presented import mean_log_det
 from nicecp.sources import ArraySource
 from nicecp.split import Split, held_by_weight
 from nicecp.train import TrainConfig, Trainer
+from nicecp.transforms import Log
 from nicecp.whitening import fit_approximate, moments
 from tests import gates
 
@@ -149,6 +151,15 @@ def test_the_scale_of_a_context_is_that_of_repeated_rows() -> None:
     ]
     for name in ("mean", "std"):
         np.testing.assert_allclose(getattr(found[0], name), getattr(found[1], name), rtol=1e-12)
+
+
+def test_log_determinants_of_transforms_are_averaged_by_weight() -> None:
+    """What the training likelihood of a flow behind transforms has in it beside the network's part."""
+    steps = (Log(np.array([0]), np.array([-9.0])),)
+    weighted, repeated = (mean_log_det(split, steps, 0) for split in weighted_and_repeated())
+    expected = np.average(-np.log(X[:, 0] + 9), weights=COUNTS)
+    assert [weighted, repeated] == pytest.approx([expected, expected], rel=1e-12)
+    assert abs(expected + np.log(X[:, 0] + 9).mean()) > 1e-4
 
 
 def test_a_learned_whitening_is_that_of_repeated_rows(one_backend: Any) -> None:
