@@ -85,7 +85,8 @@ def cli() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line -> its exit code."""
     debug = "--debug" in arguments
-    if launched()[1] > 0 and not set(SHARED) & set(arguments[:1]):
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if launched()[1] > 0 and command not in SHARED:
         return 0  # one of the processes that a launcher has started does it
     try:
         # Not cli.main: it would print a line of its own for an interrupt and end quietly where a pipe is closed.

@@ -15,6 +15,7 @@ EXAMPLES = """\
   nicecp info run.state.h5 --history 20
   nicecp info mnist.h5 --json
 """
+_LISTED = 24  # names of columns
 
 
 @command("info", EXAMPLES)
@@ -49,7 +50,7 @@ def _checkpoint(found: dict[str, Any]) -> str:
         shown = (" ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in parts)
         rows.append(("parts", " | ".join(shown)))
     if model["columns"]:
-        rows.append(("columns", ", ".join(model["columns"])))
+        rows.append(("columns", _listed(model["columns"])))
     if model["context"]:
         rows.append(("context", context_text(model["context"])))
     if training is None:
@@ -90,6 +91,12 @@ def context_text(context: dict[str, Any]) -> str:
     return f"{plural(context['n'], 'number')}: {', '.join(shown[:8])}{more}"
 
 
+def _listed(names: list[str]) -> str:
+    """'a, b, c'; of many only the first."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
 def _number(value: float | None) -> str:
     return " " * 9 + "-" if value is None else f"{value:10.2f}"
 
@@ -103,7 +110,7 @@ def _data(found: dict[str, Any]) -> str:
     if found["image_shape"]:
         rows.append(("images", "x".join(str(size) for size in found["image_shape"])))
     if found["columns"]:
-        rows.append(("columns", ", ".join(found["columns"])))
+        rows.append(("columns", _listed(found["columns"])))
     verbs = {"train": "trains on", "valid": "validates on", "test": "tests on"}
     rows += [(verbs[name], use["line"]) for name, use in found["use"].items() if use is not None]
     return table(rows)

@@ -25,6 +25,7 @@ from nicecp.cli.options import (
 )
 from nicecp.cli.stops import describe_stop
 from nicecp.errors import CheckpointError
+from nicecp.outputs import same_file
 
 if TYPE_CHECKING:
     from nicecp.run import Run
@@ -130,7 +131,7 @@ def _number_options(function: Any) -> Any:
     "--schedule",
     type=click.Choice(["constant", "cosine"]),
     show_default=PRESET,
-    help="Of the learning rate over the epochs: cosine falls to almost 0.",
+    help="Of the learning rate over the epochs: cosine falls to almost 0 in the last of --epochs.",
 )
 @click.option(
     "--weight-decay",
@@ -215,7 +216,7 @@ def _number_options(function: Any) -> Any:
     type=byte_size,
     metavar="SIZE",
     show_default="all there is",
-    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+    help="Memory of a GPU (CPUs have none) for training data, such as 2GiB; more of them stream, to the same result.",
 )
 @click.option(
     "--checkpoint-every",
@@ -271,12 +272,16 @@ def train(
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
+    if resume is not None and overwrite:
+        raise click.UsageError("--overwrite is for new runs: a resumed run replaces its own files anyway")
     if resume is not None and (dry_run or profile):
         raise click.UsageError(f"--{'dry-run' if dry_run else 'profile'} is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
         raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
+    if partition_file is not None and same_file(partition_file, out or "run.h5"):
+        raise click.UsageError(f"the run would replace its --partition-file {partition_file!r}: choose another --out")
     rows = {name: given.pop(name) for name in ("columns", "select", "burn", "thin")}
     settings: dict[str, Any] = {
         "preset": preset,
@@ -349,22 +354,16 @@ _NAMES = (
     "partition",
     "schedule",
     "weight_decay",
+    "valid_fraction",
+    "whiten",
+    "regularization",
+    "logit",
+    "activations",
     "transform",
+    "memory_limit",
 )
 _OPTIONS["order"] = "--partition-file"
-_OPTIONS |= {
-    name: "--" + name.replace("_", "-")
-    for name in (
-        *_NAMES,
-        "valid_fraction",
-        "whiten",
-        "regularization",
-        "logit",
-        "activations",
-        "transform",
-        "memory_limit",
-    )
-}
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in _NAMES}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",

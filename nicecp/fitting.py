@@ -24,6 +24,7 @@ from nicecp.optimizers import AdaM, Optimizer
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.presented import presented
+from nicecp.preset_table import RANGE
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
 from nicecp.split import Split
@@ -68,10 +69,14 @@ def preprocessing_for(
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
         if transform != NONE:
             raise ValueError("transforms of columns are for floats, and these are 8-bit data: leave them out")
+        if not standardize:
+            raise ValueError("8-bit data are not standardised: leave standardize out")
         first = Dequantize(*value_range)
         return (first,) if logit is None else (first, logit_step(train, None, value_range, logit))
     if transform != NONE and logit is not None:
         raise ValueError("a logit of all columns and transforms of single ones exclude each other: leave one out")
+    if tuple(value_range) != RANGE and logit is None:
+        raise ValueError("a value range is for 8-bit data, or for floats with a logit: leave value_range out")
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
     steps: tuple[Step, ...] = ()
@@ -117,7 +122,7 @@ def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[tupl
     steps += whitening_step(
         settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
     )
-    check_representable(splits, steps, settings.dtype)
+    check_representable(splits, steps, settings.dtype, settings.seed)
     return steps, events
 
 
@@ -224,7 +229,7 @@ def fit(
             steps = preprocessing_for(train, *given)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
-        check_representable(splits, steps, flow.dtype)
+        check_representable(splits, steps, flow.dtype, seed)
         scale = fit_context(train) if flow.context is None or flow.context.fresh else None
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))

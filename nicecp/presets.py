@@ -126,7 +126,14 @@ TRAINING = tuple(
 CHANGEABLE = ("epochs", "patience", "activations", "device_memory_limit")
 
 # Names under which a run's caller may give settings; None means "as the preset or the data say".
-NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
+NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer", "window"))
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """TypeError for a setting that there is not."""
+    unknown = sorted(given.keys() - set(NAMES))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}")
 
 
 def optimizer_with(base: Optimizer, kind: str | None, numbers: Mapping[str, float | None]) -> Optimizer:
@@ -155,9 +162,7 @@ def resolve(
     Raises ValueError where a value is out of bounds or does not apply to the data.
     """
     chosen = choose(preset, data, eight_bit)
-    unknown = sorted(given.keys() - set(NAMES))
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}")
+    check_names(given)
     values = {name: value for name, value in given.items() if value is not None}
     if not eight_bit and "value_range" in values and "logit" not in values:
         problem = (
@@ -172,6 +177,8 @@ def resolve(
         raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
+    if eight_bit and values.get("allow_constant"):
+        raise ValueError("8-bit data may have constant columns anyway: leave --allow-constant out")
     if values.get("dtype") in (None, "auto"):
         values["dtype"] = "float32" if eight_bit else "float64"
     settings = Settings(

@@ -12,7 +12,7 @@ from nicecp import spline
 from nicecp.errors import DataError, about_file
 from nicecp.sources import column_label
 from nicecp.split import BLOCK, Split
-from nicecp.transform_spec import STANDARDIZE, Chain, Transform, chains, shown
+from nicecp.transform_spec import Chain, Transform, chains, shown
 from nicecp.transform_stats import Column, choose, look_at
 from nicecp.transforms import Angle, ColumnStep, Log, Logit, Quantile, Recorded, Student
 
@@ -224,8 +224,3 @@ def _notes(looks: Sequence[Column], labels: Sequence[str], wanted: Sequence[Chai
     if skipped:
         notes.append(f"no recorded step is to be seen in {', '.join(skipped)}: they are used as they are")
     return notes
-
-
-def is_standardize(wanted: Sequence[Chain]) -> bool:
-    """Whether no column is transformed but by standardisation."""
-    return all(chain == STANDARDIZE for chain in wanted)

@@ -46,7 +46,12 @@ def parse(text: str) -> list[tuple[str, Chain]]:
             raise ValueError(f"transform {entry.strip()!r} is not of the form COLUMN=KIND, with a KIND of {FORMS}")
         if any(name == other for other, _ in found):
             raise ValueError(f"transform names column {name!r} twice")
-        found.append((name, tuple(_one(part.strip()) for part in chain.split("+"))))
+        each = tuple(_one(part.strip()) for part in chain.split("+"))
+        if len(each) > 1 and any(transform.kind == "standardize" for transform in each):
+            raise ValueError(
+                f"transform {chain.strip()!r}: standardize stands alone, and comes behind all others anyway"
+            )
+        found.append((name, each))
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import nicecp
+from nicecp.cli import app
 from nicecp.cli.app import COMMANDS
 from nicecp.cli.main import main
 from nicecp.flow import NICE
@@ -325,6 +326,16 @@ def test_json_of_info_on_a_flow_without_training(folder: Path, capsys: pytest.Ca
     assert (found["kind"], found["training"], found["model"]["n_features"]) == ("checkpoint", None, 3)
     assert main(["info", "flow.h5"]) == 0
     assert "not recorded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [(["evaluate"], True), (["--debug", "score"], True), (["info"], False)])
+def test_other_ranks_carry_out_what_all_do_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: bool
+) -> None:
+    """Also behind an option of the whole program: rank 0 would wait for them for ever."""
+    monkeypatch.setattr(app, "launched", lambda: (2, 1))
+    assert app.run([*words, "--help"]) == 0
+    assert ("Usage:" in capsys.readouterr().out) == said
 
 
 def test_names_of_the_package_are_listed_once() -> None:

@@ -209,6 +209,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert main([*words, "b.h5", "--partition", "halves"]) == 2
     assert "leave one out" in capsys.readouterr().err
     assert not os.path.exists("b.h5")
+    write(tmp_path / "order.txt", "3 0 4 2 1")
+    assert main([*words, "order.txt", "--overwrite"]) == 2
+    assert "would replace its --partition-file 'order.txt'" in capsys.readouterr().err
+    assert (tmp_path / "order.txt").read_text() == "3 0 4 2 1"
 
 
 def test_inpainting_of_halves_hides_data_columns(tmp_path: Path) -> None:

@@ -94,6 +94,13 @@ def test_what_cannot_be_understood(text: str, words: str) -> None:
         parse(text)
 
 
+def test_standardize_stands_alone() -> None:
+    """Else it would be passed over without a word: what comes behind it would see the column as it is."""
+    for chain in ("standardize+log", "recorded+standardize"):
+        with pytest.raises(ValueError, match=f"'{re.escape(chain)}': standardize stands alone"):
+            parse(f"x={chain}")
+
+
 def test_columns_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"'charge' is not a column of the data \(x, y\)"):
         chains("charge=log", 2, ("x", "y"))
