@@ -36,6 +36,7 @@ class ColumnKind:
     ANGLE = 3
     STUDENT = 4
     QUANTILE = 5
+    MARGIN = 6  # the logit of nicecp.preprocessing.MarginLogit
 
 
 class PointField:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from nicecp.data_spec import DataSpec
 from nicecp.evaluate import check_fits, check_width
 from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
+from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Backend
 from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
@@ -27,11 +29,12 @@ from nicecp.presented import presented
 from nicecp.preset_table import RANGE
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
+from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import Callbacks, Trainer, as_callbacks
 from nicecp.train_config import TrainConfig
 from nicecp.transform_fit import fit_transforms
-from nicecp.transform_spec import NONE
+from nicecp.transform_spec import NONE, as_text
 from nicecp.whitening import whitening_step
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
@@ -126,6 +129,42 @@ def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[tupl
     return steps, events
 
 
+def fit_preprocessing(
+    data: Any,
+    transform: str | Mapping[Any, str] = "auto",
+    *,
+    columns: Sequence[str] | None = None,
+    sample_weight: Any = None,
+    standardize: bool = True,
+    whiten: str = "none",
+    regularization: float = 0.0,
+    allow_constant: bool = False,
+    seed: int = 0,
+) -> tuple[tuple[Step, ...], list[str]]:
+    """Column transforms, standardisation and whitening fitted to all rows of a table, for ``NICE(preprocessing=)``.
+
+    It is what ``fit`` does with its training rows; a flow that is given these steps keeps them in every fit.
+
+    data, transform, sample_weight, whiten : as for ``fit``; 8-bit integers are not for this
+    columns : names for those of an array
+
+    -> the steps, and a line for each column (and for what is worth knowing): what it was given, and why
+
+    Raises DataError, ValueError and TypeError as ``fit`` does.
+    """
+    spec: Any = data if columns is None else ArraySource(data, columns=columns)
+    if sample_weight is not None:
+        spec = DataSpec(spec, None, sample_weight)
+    with open_splits(spec, 0.0) as splits:
+        train, text = splits.train, as_text(transform)
+        if train.source.is_image8:
+            raise TypeError("fit_preprocessing is for tables of floats: pass x.astype(float) if these are numbers")
+        events = discrete_columns_noted(train)
+        steps = preprocessing_for(train, (0.0, 1.0), standardize, allow_constant, text, seed, events)
+        steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, get_backend("cpu"))
+    return steps, [event.message for event in events]
+
+
 def fit(
     flow: NICE,
     data: str | os.PathLike[str] | NDArray[Any],
@@ -139,7 +178,7 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
-    transform: str = NONE,
+    transform: str | Mapping[Any, str] = NONE,
     logit: float | None = None,
     whiten: str = "none",
     regularization: float = 0.0,
@@ -157,12 +196,14 @@ def fit(
     ----------
     flow : NICE
     data : (n, d) array or pandas table, or a path "FILE.h5" or "FILE.h5:/dataset"
-        uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
+        uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own,
+        and takes on no other (fit_preprocessing makes it beforehand).
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
-    transform : str
+    transform : str or mapping
         Transforms of single float columns before standardisation: "auto", "quantile", or for each column
-        "mass=log,phi=angle,*=quantile" (docs/tables.md). record.events say what each column was given, and why.
+        {"mass": "log", "phi": "angle", "*": "quantile"}, also written "mass=log,phi=angle,*=quantile"
+        (docs/tables.md). record.events say what each column was given, and why.
     logit : float, optional
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
@@ -203,7 +244,7 @@ def fit(
     """
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {reprlib.repr(flow)}")
-    called = as_callbacks(callbacks)
+    called, transform = as_callbacks(callbacks), as_text(transform)
     config = TrainConfig(
         epochs,
         batch_size,
@@ -224,6 +265,8 @@ def fit(
         check_context(flow, train.source)
         if steps:
             check_fits(flow, train)
+            if transform != NONE or whiten != "none" or logit is not None:
+                logger.warning("the flow has preprocessing, which it keeps: transform, whiten and logit have no effect")
         else:
             given = (value_range, standardize, allow_constant, transform, seed, events, logit)
             steps = preprocessing_for(train, *given)

@@ -18,7 +18,7 @@ from nicecp.context import Context
 from nicecp.kernels.backend import ALIGNMENT, PRIORS
 from nicecp.kernels.point import ColumnKind, PointModel, PointOp, Program
 from nicecp.params import Layout, Views
-from nicecp.preprocessing import Standardize, Step, Triangular, Zca
+from nicecp.preprocessing import MarginLogit, Standardize, Step, Triangular, Zca
 from nicecp.spec import LAWS, ModelSpec
 from nicecp.transforms import ColumnStep, Quantile, Student
 
@@ -84,6 +84,13 @@ def _quantile(program: Program, at: int, step: Quantile) -> int:
     return at
 
 
+def _margin_logit(program: Program, at: int, step: MarginLogit) -> int:
+    tables = np.stack([step.low, 1 / (step.high - step.low), np.full(len(step.low), step.margin)], axis=1)
+    for column, table in enumerate(tables):
+        program.add(PointOp.COLUMN, at + column, ColumnKind.MARGIN, arrays=(table,))
+    return at
+
+
 def _unchanged(program: Program, at: int, step: Step) -> int:
     return at
 
@@ -100,6 +107,7 @@ _STEPS: dict[str, Callable[[Program, int, Any], int]] = {
     "angle": _columns(ColumnKind.ANGLE, "cut", "period"),
     "student": _student,
     "quantile": _quantile,
+    "margin-logit": _margin_logit,
 }
 
 

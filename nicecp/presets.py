@@ -16,7 +16,7 @@ from nicecp.preset_table import RANGE, choose
 from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
 from nicecp.train_config import TrainConfig
-from nicecp.transform_spec import NONE, parse
+from nicecp.transform_spec import NONE, as_text, parse
 from nicecp.whitening import KINDS
 
 INITS = ("paper", "he")
@@ -164,6 +164,8 @@ def resolve(
     chosen = choose(preset, data, eight_bit)
     check_names(given)
     values = {name: value for name, value in given.items() if value is not None}
+    if "transform" in values:
+        values["transform"] = as_text(values["transform"])
     if not eight_bit and "value_range" in values and "logit" not in values:
         problem = (
             "a value range (--range) is for 8-bit data, or for floats with a logit (--logit), and these are floats"

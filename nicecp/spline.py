@@ -90,27 +90,33 @@ def inverse(z: FloatArray, knots: Knots) -> FloatArray:
 TAIL_ROWS = 20  # rows beyond the outermost knots on either side, or a twentieth of few rows
 TAILS = np.geomspace(0.25, 1.0, 9)  # c: never as straight as a line, nor so flat that samples run away
 _STEEPNESS = np.geomspace(1 / 30, 30.0, 25)  # of a tail's first slope, relative to the last two knots'
+_LEAST = 4  # effective rows, so that single heavy ones give a spline too
 
 
-def fit_knots(values: FloatArray, count: int) -> Knots:
+def fit_knots(values: FloatArray, count: int, weights: FloatArray | None = None) -> Knots:
     """The spline from values : (n,) to their normal scores: at most ``count`` knots at quantiles that are evenly spaced
     in normal score, and on each side the tail of greatest likelihood.
 
-    ValueError if fewer than two values differ.
+    weights : (n,) positive, of any scale; quantiles are then those of the weight, and rows count as Kish's effective
+    number of them. ValueError if fewer than two values differ.
     """
     from scipy.special import ndtri
 
-    x = np.sort(np.asarray(values, np.float64))
-    n = len(x)
-    different, first, times = np.unique(x, return_index=True, return_counts=True)
+    order = np.argsort(values, kind="stable")
+    x = np.asarray(values, np.float64)[order]
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)[order] / np.max(weights)
+    different, first = np.unique(x, return_index=True)
     if len(different) < 2:
         raise ValueError("a quantile transform needs at least two different values")
+    mass, total = np.add.reduceat(w, first), w.sum()
+    n = max(_LEAST, int(total * total / (w @ w)))
     # A repeated value stands at the middle of its ranks.
-    score = ndtri((first + 0.5 * times) / n)
+    score = ndtri((np.cumsum(mass) - 0.5 * mass) / total)
     beyond = min(TAIL_ROWS, max(1, n // 20))
     last = -float(ndtri((beyond + 0.5) / n))
     wanted = np.linspace(-last, last, max(2, min(count, n // 4)))
     at = np.unique(np.clip(np.searchsorted(score, wanted), 0, len(score) - 1))
+    at = at[np.append(True, np.diff(score[at]) > 0)]  # beside a heavy row light ones add nothing that could be seen
     if len(at) < 2:
         at = np.array([0, len(score) - 1])
     knot_x, knot_z = different[at], score[at]
@@ -119,17 +125,19 @@ def fit_knots(values: FloatArray, count: int) -> Knots:
     slope[0], slope[-1] = secant[0], secant[-1]
     slope[1:-1] = (knot_z[2:] - knot_z[:-2]) / (knot_x[2:] - knot_x[:-2])
     tail = np.empty(2)
-    for end, outside in ((0, knot_x[0] - x[x < knot_x[0]]), (-1, x[x > knot_x[-1]] - knot_x[-1])):
-        slope[end], tail[end] = _fit_tail(outside, abs(float(knot_z[end])), float(slope[end]))
+    for end, sign, outside in ((0, -1.0, x < knot_x[0]), (-1, 1.0, x > knot_x[-1])):
+        far = sign * (x[outside] - knot_x[end])
+        slope[end], tail[end] = _fit_tail(far, w[outside], abs(float(knot_z[end])), float(slope[end]))
     return Knots(knot_x, knot_z, slope, tail)
 
 
-def _fit_tail(outside: FloatArray, z: float, slope: float) -> tuple[float, float]:
+def _fit_tail(outside: FloatArray, weights: FloatArray, z: float, slope: float) -> tuple[float, float]:
     """First slope and c of greatest likelihood under a normal z, for rows at distances ``outside`` of a knot at z."""
-    if len(outside) == 0:
-        return slope, 1.0
-    d, c, t = slope * _STEEPNESS[:, None, None], TAILS[:, None], outside
-    rise = np.log1p(d * t / c)
-    likelihood = (np.log(d) - rise - 0.5 * (z + c * rise) ** 2).sum(axis=2)
-    i, j = np.unravel_index(int(np.argmax(likelihood)), likelihood.shape)
-    return float(slope * _STEEPNESS[i]), float(TAILS[j])
+    best, found = -np.inf, (slope, 1.0)
+    for d in slope * _STEEPNESS if len(outside) else ():
+        rise = np.log1p(d * outside / TAILS[:, None])
+        likelihood = (np.log(d) - rise - 0.5 * (z + TAILS[:, None] * rise) ** 2) @ weights
+        j = int(np.argmax(likelihood))
+        if likelihood[j] > best:
+            best, found = float(likelihood[j]), (float(d), float(TAILS[j]))
+    return found
