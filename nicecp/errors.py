@@ -45,7 +45,11 @@ class MissingExtra(NicecpError, ImportError):
     """Something optional that is not installed: names the command that installs it."""
 
 
+_LONGEST = 600  # characters of a problem or remedy: names in a file may have 60,000
+
+
 def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
     """One line: 'PATH': problem; remedy.  Odd characters, of the path or of a file's content, cannot break the line."""
+    problem, remedy = (text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..." for text in (problem, remedy))
     text = f"{os.fspath(path)!r}: {problem}; {remedy}"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

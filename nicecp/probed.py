@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from typing import Any
 
 from nicecp import probe
 from nicecp.errors import NicecpError
@@ -54,10 +55,20 @@ def look(path: str, dataset: str | None) -> None:
         found = [*roles.values(), test]
     columns = [column for place in found or ["/"] for column in columns_below(path, place)]
     for name in dict.fromkeys([*found, *columns]):
-        for open_one in (CompoundSource, lambda path, name: HDF5Source(path, name, beside=True)):
-            with contextlib.suppress(NicecpError), contextlib.closing(open_one(path, name)) as source:
-                source.read(0, 1)
-                source.read(source.n_rows - 1, source.n_rows)
+        with (
+            contextlib.suppress(NicecpError),
+            contextlib.closing(CompoundSource(path, name, numbers_only=True)) as table,
+        ):
+            _read_ends(table)
+            continue
+        with contextlib.suppress(NicecpError), contextlib.closing(HDF5Source(path, name, beside=True)) as source:
+            _read_ends(source)
+
+
+def _read_ends(source: Any) -> None:
+    """The first and the last row."""
+    source.read(0, 1)
+    source.read(source.n_rows - 1, source.n_rows)
 
 
 def _limit(kind: int, value: int) -> None:
