@@ -47,12 +47,16 @@ def look(path: str, dataset: str | None) -> None:
     from nicecp.hdf5_data import HDF5Source
     from nicecp.table_files import CompoundSource, columns_below
 
-    with contextlib.suppress(NicecpError):
-        candidates(path)
     found = [] if dataset is None else [dataset]
-    with contextlib.suppress(NicecpError):
+    try:
         roles, test = locate(path, dataset)
         found = [*roles.values(), test]
+        searched = False
+    except NicecpError:
+        searched = dataset is None  # the whole file, for want of the usual names
+    if not searched:
+        with contextlib.suppress(NicecpError):
+            candidates(path)
     columns = [column for place in found or ["/"] for column in columns_below(path, place)]
     for name in dict.fromkeys([*found, *columns]):
         with (
