@@ -18,7 +18,7 @@ from nicecp import __version__
 from nicecp.cli.console import abandon, messages, note
 from nicecp.cli.options import debug_option
 from nicecp.cli.stops import INTERRUPTED
-from nicecp.errors import NicecpError
+from nicecp.errors import NicecpError, printable
 from nicecp.parallel import launched
 
 # Command -> module, function, and its line in the listing.
@@ -160,5 +160,5 @@ def _sentence(message: str) -> str:
 
 def fail(message: str, code: int = USAGE_ERROR) -> int:
     """One line on standard error -> the exit code."""
-    note(f"nicecp: error: {' '.join(message.split())}", error=True)
+    note(printable(f"nicecp: error: {' '.join(message.split())}"), error=True)
     return code

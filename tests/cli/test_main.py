@@ -342,3 +342,16 @@ def test_names_of_the_package_are_listed_once() -> None:
     names = dir(nicecp)
     assert len(names) == len(set(names))
     assert {"NICE", "fit", "load", "testing"} <= set(names)
+
+
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line breaks and control characters of datasets' and columns' names are shown, not sent."""
+    path = str(tmp_path / "x.h5")
+    with h5py.File(path, "w") as file:
+        file["a\r\nb\x7f"] = np.zeros((4, 2))
+        file["a\r\nb\x7f"].attrs["columns"] = np.array([b"\x1b[2J", b"\xe2\x80\xae"])
+    assert main(["info", path]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert r"a\r\nb\x7f" in out
+    assert r"\x1b[2J, \u202e" in out
