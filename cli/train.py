@@ -105,7 +105,8 @@ def _number_options(function: Any) -> Any:
     type=laws,
     metavar="LAW[,LAW...]",
     show_default="additive",
-    help="What a coupling does: additive (shifts), multiplicative (scales) or affine (both); several take turns.",
+    help="What a coupling does: additive (shifts), multiplicative (scales), affine (both) or spline (bends); several "
+    "take turns.",
 )
 @click.option(
     "--partition",

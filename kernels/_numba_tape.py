@@ -14,6 +14,7 @@ from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_fo
 from nicecp.kernels._numba_logit import logit_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
 from nicecp.kernels._numba_random import load_bytes, load_bytes_ordered, load_floats, load_floats_ordered
+from nicecp.kernels._numba_spline import OUTPUTS, spline_backward, spline_forward
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 from nicecp.kernels.tape import Field, Op
@@ -26,9 +27,9 @@ _BIAS_RELU_BACKWARD, _COUPLE, _LOSS = Op.BIAS_RELU_BACKWARD, Op.COUPLE, Op.LOSS
 _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
-_LOGIT_FORWARD = Op.LOGIT_FORWARD
+_LOGIT_FORWARD, _SPLINE_FORWARD, _SPLINE_BACKWARD = Op.LOGIT_FORWARD, Op.SPLINE_FORWARD, Op.SPLINE_BACKWARD
 _GATHER, _COPY_COLUMNS = Op.GATHER, Op.COPY_COLUMNS
-_STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
+_STATE, _CURSOR, _EPOCH, _OUTPUTS = Slot.SIZE, Slot.CURSOR, Slot.EPOCH, OUTPUTS
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
 
@@ -178,6 +179,21 @@ def _factors(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _splines(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
+    k, function, n, size = number[0], number[1], b - a, item_size(one)  # rows
+    width, skipped = k * _OUTPUTS, a * k * size
+    if code == _SPLINE_FORWARD:
+        y, x = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + skipped, n, k, one)
+        m, log_det = _matrix(at[2] + a * width * size, n, width, one), _vector(at[3] + 8 * a, n, _DOUBLE)
+        spline_forward(y, log_det, x, m, function, number[2] < 0, number[3] != 0)
+        return
+    dx, dm = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + a * width * size, n, width, one)
+    dy, x = _matrix(at[2] + skipped, n, k, one), _matrix(at[3] + skipped, n, k, one)
+    m, dlog_det = _matrix(at[4] + a * width * size, n, width, one), _vector(at[5] + 8 * a, n, _DOUBLE)
+    spline_backward(dx, dm, dy, dlog_det, x, m, function)
+
+
+@kernel
 def _scale_prior(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
     n, k, prior, switch, size = number[0], number[1], number[2], number[3] != 0, item_size(one)
     if code == _SCALE_PRIOR_BACKWARD:  # columns
@@ -254,5 +270,7 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _beside(code, at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)
+            elif code == _SPLINE_FORWARD or code == _SPLINE_BACKWARD:
+                _splines(code, at, number, a, b, one)
             else:
                 _elementwise(code, at, number, a, b, one)

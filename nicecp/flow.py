@@ -48,7 +48,7 @@ class NICE(Density):
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
     seed : int
         Of the initial weights, 0 <= seed < 2**64.
-    coupling : "additive", "multiplicative" or "affine", or several of these
+    coupling : "additive", "multiplicative", "affine" or "spline", or several of these
         The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
     partition : "odd-even", "halves" or a sequence of int
         The two parts that couplings change in turn: even and odd features, halves, or halves of a permutation of these.

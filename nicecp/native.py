@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nicecp.borders import refuse_overflow
 from nicecp.context import Context
 from nicecp.kernels.backend import ALIGNMENT, PRIORS
-from nicecp.kernels.point import ColumnKind, PointModel, PointOp, Program
+from nicecp.kernels.point import ColumnKind, Law, PointModel, PointOp, Program
 from nicecp.params import Layout, Views
 from nicecp.preprocessing import Standardize, Step, Triangular, Zca
 from nicecp.spec import LAWS, ModelSpec
@@ -29,7 +29,7 @@ PART = 4096  # rows
 SMALL = 2**16  # weights that stay in the second-level cache, so that blocks are faster than BLAS however many rows
 FEW = 2**19  # weights to multiply with, of all rows together, up to which larger flows' rows need no BLAS
 
-_LAWS = {law: number for number, law in enumerate(LAWS)}  # as PointOp.COUPLE counts them
+_LAWS = {law: int(getattr(Law, law.upper())) for law in LAWS}
 
 
 def _dense(program: Program, at: int, matrix: FloatArray, bias: FloatArray) -> int:
@@ -75,6 +75,12 @@ def _student(program: Program, at: int, step: Student) -> int:
     for column, table in zip(step.columns, np.stack(numbers, axis=1), strict=True):
         program.add(PointOp.COLUMN, at + int(column), ColumnKind.STUDENT, arrays=(table, special_functions()))
     return at
+
+
+def _spline_functions() -> NDArray[np.int64]:
+    from nicecp.kernels._numba_spline import tile_function
+
+    return np.array([tile_function("values")], np.int64)
 
 
 def _quantile(program: Program, at: int, step: Quantile) -> int:
@@ -149,7 +155,8 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step], context:
             program.add(PointOp.DENSE, *numbers, arrays=(weight, bias))
             source = turns[j % 2]
         changed = coupling.transforms
-        program.add(PointOp.COUPLE, halves[changed], parts[changed], source, _LAWS[coupling.law])
+        functions = (_spline_functions(),) if coupling.law == "spline" else ()
+        program.add(PointOp.COUPLE, halves[changed], parts[changed], source, _LAWS[coupling.law], arrays=functions)
     for place, size, log_scale in zip(halves, parts, views.scaling, strict=True):
         program.add(PointOp.PRIOR, place, size, turns[0], PRIORS[spec.prior], arrays=(log_scale,))
     return program

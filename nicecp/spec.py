@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nicecp.kernels import PRECISIONS
-from nicecp.kernels.backend import PRIORS
+from nicecp.kernels.backend import PRIORS, SPLINE_BINS
 from nicecp.registry import MLP, checked_shapes, law_named, network_named
 
 DTYPES = ("float32", "float64")
-LAWS = {"additive": 1, "multiplicative": 1, "affine": 2}  # network outputs for each feature that is changed
+# Network outputs for each feature that is changed.
+LAWS = {"additive": 1, "multiplicative": 1, "affine": 2, "spline": 3 * SPLINE_BINS - 1}
 PARTITIONS = ("odd-even", "halves", "permutation")
 
 Order = NDArray[np.int64]

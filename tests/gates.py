@@ -45,16 +45,17 @@ def make_spec(
 def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
     """Parameters of order 1 that the flow's dtype represents, so that every gradient is of order 1 as well.
 
-    Output layers of couplings with a factor are smaller: several factors of 20 in a row would leave sums of numbers of
-    very different sizes, and their rounding.
+    Output layers of couplings with a factor or a spline are smaller: several factors of 20 in a row would leave sums of
+    numbers of very different sizes, and their rounding.
     """
     rng = np.random.default_rng(seed)
     out = {}
     for name, shape in spec.parameter_shapes().items():
         size = np.sqrt(1.5 / shape[0]) if name.endswith("weight") else 0.4
         _, k, _, j, _ = f"{name}////".split("/")[:5]
-        if name.startswith("couplings") and spec.couplings[int(k)].law != "additive":
-            size *= 0.3 if int(j) == len(spec.couplings[int(k)].hidden) else 1.0
+        law = spec.couplings[int(k)].law if name.startswith("couplings") else "additive"
+        if law != "additive" and int(j) == len(spec.couplings[int(k)].hidden):
+            size *= 0.1 if law == "spline" else 0.3
         out[name] = (size * rng.standard_normal(shape)).astype(spec.dtype).astype(float)
     return out
 

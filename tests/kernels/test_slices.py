@@ -52,6 +52,8 @@ def test_borders_in_parts_agree_with_the_oracle(slicing: NumbaBackend, dtype: st
     for law in ("multiplicative", "affine"):
         checks.check_factor_forward(slicing, dtype, n, d, law, -1)
         checks.check_factor_backward(slicing, dtype, n, d, law, aliased=True)
+    checks.check_spline_forward(slicing, dtype, n, d, -1, first=False)
+    checks.check_spline_backward(slicing, dtype, n, d, aliased=True)
     for prior in ("gaussian", "logistic"):
         checks.check_scale_prior_forward(slicing, dtype, n, d, prior, True)
         checks.check_scale_prior_backward(slicing, dtype, n, d, prior, True)

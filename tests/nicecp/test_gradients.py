@@ -28,6 +28,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "d5-multiplicative": (5, [(4,), (3, 4), (4,)], 0, ("multiplicative",)),
     "d4-affine": (4, [(3, 4)] * 3, 0, ("affine",)),
     "d5-all-laws": (5, [(4,), (), (3, 4), (4,), (3,)], 1, ("additive", "affine", "multiplicative")),
+    "d3-spline": (3, [(4,), (4, 3)], 0, ("spline",)),
+    "d5-spline-in-turn": (5, [(4,), (3, 4), ()], 1, ("spline", "affine", "spline"), "halves"),
     "d5-halves": (5, [(4,), (3, 4), (4,)], 0, ("additive", "affine"), "halves"),
     "d6-permuted": (6, [(4,), (3, 4), (4,)], 1, ("multiplicative", "additive"), (4, 1, 0, 5, 2, 3)),
 }
@@ -98,15 +100,18 @@ def test_a_wide_flow_and_more_rows_than_a_chunk(one_backend: Backend, dtype: str
 # --- check_gradients ------------------------------------------------------------------------------------------------
 
 
+SPLINE = pytest.param("spline", marks=pytest.mark.slow)  # 23 numbers for each feature: many parameters
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("init", ["paper", "he"])
-@pytest.mark.parametrize("coupling", ["additive", "multiplicative", "affine", ("affine", "additive")])
+@pytest.mark.parametrize("coupling", ["additive", "multiplicative", "affine", ("affine", "additive"), SPLINE])
 def test_check_gradients_passes_fresh_flows(dtype: str, init: str, coupling: str | tuple[str, ...]) -> None:
     flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, init=init, seed=3, coupling=coupling)
     before = flow.parameters()
     report = check_gradients(flow, np.random.default_rng(0).normal(size=(4, 5)))
     assert report.rows == 4
-    assert report.directions >= 2 * (flow.n_parameters + flow.n_features)
+    assert report.directions >= 2 * (min(flow.n_parameters, 220) + flow.n_features)
     assert 0 < report.error <= 0.5, "half of what is allowed, so that rounding elsewhere has room"
     assert report.log_det_error < 1e-8
     assert all(np.array_equal(value, before[name]) for name, value in flow.parameters().items())

@@ -17,6 +17,7 @@ from nicecp.coupling import Buffers
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.preprocessing import Standardize
+from nicecp.spec import ModelSpec
 from nicecp.testing import check_gradients
 from tests import gates, oracle
 from tests.mutants import (
@@ -256,10 +257,18 @@ FACTOR_MUTANTS: dict[str, tuple[dict[str, Change], tuple[str, ...]]] = {
 }
 
 
+SPLINES = gates.make_spec(4, [(3,), (), (2, 2)], laws=("spline",))
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(LAWS, id="factors"), pytest.param(SPLINES, id="splines", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("mistake", list(FACTOR_MUTANTS))
-def test_factors_that_are_wrong_are_refused(one_backend: Backend, mistake: str) -> None:
-    flow, x = gates.make_flow(LAWS, one_backend)
+def test_log_dets_that_are_wrong_are_refused(one_backend: Backend, mistake: str, spec: ModelSpec) -> None:
+    flow, x = gates.make_flow(spec, one_backend)
     changes, names = FACTOR_MUTANTS[mistake]
+    if spec is SPLINES:
+        changes = {name.replace("factor", "spline"): change for name, change in changes.items()}
     for name in names:
         ALL_GATES[name](rebuilt(NICE, flow, Mutant(one_backend)), x)
         refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, **changes)), x)
