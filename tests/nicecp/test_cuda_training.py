@@ -68,6 +68,7 @@ def assert_same(one: Trainer, other: Trainer, tolerance: float) -> None:
         ("multiplicative", BYTES, RMSPROP, {"late": True}),
         ("affine", BYTES, ADAM, {**LATE, "epilogues": "all"}),
         ("affine", FLOATS, RMSPROP, {"schedule": 1}),
+        ("spline", FLOATS, ADAM, {"schedule": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -178,7 +178,7 @@ def test_check_gradients_refuses_what_it_cannot_check(x: np.ndarray) -> None:
 
 @EACH_PRIOR
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("laws", [("additive",), ("affine",)])
+@pytest.mark.parametrize("laws", [("additive",), ("affine",), ("spline",)])
 def test_the_density_integrates_to_one(one_backend: Backend, prior: str, dtype: str, laws: tuple[str, ...]) -> None:
     """Over a grid in data space that holds all but 1e-5 of the mass, standardised columns included."""
     spec = gates.make_spec(2, [(5,), (4,), (5,)], prior, dtype, laws=laws)
