@@ -33,7 +33,7 @@ BIAS_COLUMNS = 16  # of a block of bias_backward, as in cuda_dense.cu
 SCALE_COLUMNS = 8  # of a block of scale_prior_backward, as in cuda_scaling.cu
 
 _FOLDER = Path(__file__).parent
-_KERNEL = re.compile(r"^(?:KERNEL|LOAD|GATHER)\((\w+)[),]", re.MULTILINE)
+_KERNEL = re.compile(r"^(?:KERNEL|KERNEL_WITH|LOAD|GATHER)\((\w+)[),]", re.MULTILINE)
 
 
 @cache

@@ -18,10 +18,12 @@ INLINE double share(const Shares& shares, int b) {
 
 INLINE Shares shares_of(const real* u, int k) {
     double top = u[0], total = 0.0;
+#pragma unroll 1  // 8 times as many registers would be too many
     for (int b = 1; b < SPLINE_BINS; ++b) {
         const double other = u[static_cast<int64>(b) * k];
         top = other > top ? other : top;
     }
+#pragma unroll 1
     for (int b = 0; b < SPLINE_BINS; ++b) total += exp(u[static_cast<int64>(b) * k] - top);
     return {u, k, top, SHARED / total};
 }
@@ -36,6 +38,7 @@ struct Ends {
 INLINE Ends ends_of(const Shares& shares, double value, int at) {
     Ends found = {0, -SPLINE_BOUND, SPLINE_BOUND};
     double start = -SPLINE_BOUND;
+#pragma unroll 1
     for (int b = 0; b < SPLINE_BINS; ++b) {
         const double stop = b == SPLINE_BINS - 1 ? SPLINE_BOUND : start + SMALLEST + share(shares, b);
         if (b == 0 || (at < 0 ? value >= start : b <= at)) found = {b, start, stop};
@@ -57,7 +60,6 @@ INLINE double slope_backward(double up, double u) {
 
 // The bin of one column's value.
 struct Bin {
-    Shares widths, heights;
     int at;
     double x0, w, y0, h, s, u0, u1, left, right, excess;
 };
@@ -65,10 +67,9 @@ struct Bin {
 // m points to the first of the column's numbers.
 INLINE Bin bin_of(const real* m, int k, double value, bool inverse) {
     Bin bin;
-    bin.widths = shares_of(m, k);
-    bin.heights = shares_of(m + static_cast<int64>(SPLINE_BINS) * k, k);
-    const int at = ends_of(inverse ? bin.heights : bin.widths, value, -1).at;
-    const Ends x = ends_of(bin.widths, value, at), y = ends_of(bin.heights, value, at);
+    const Shares widths = shares_of(m, k), heights = shares_of(m + static_cast<int64>(SPLINE_BINS) * k, k);
+    const int at = inverse ? ends_of(heights, value, -1).at : ends_of(widths, value, -1).at;
+    const Ends x = ends_of(widths, value, at), y = ends_of(heights, value, at);
     bin.at = at;
     bin.x0 = x.start, bin.w = x.stop - x.start;
     bin.y0 = y.start, bin.h = y.stop - y.start;
@@ -123,19 +124,23 @@ KERNEL(spline_forward)(real* y, double* __restrict__ log_det, const real* x, con
 }
 
 // Gradients by the start and the size of the bin in use -> by the BINS numbers that sizes come from, at d.
-// The start is -BOUND and the sizes of all bins before; of softmax p, the gradient is p (g - sum of p g).
-INLINE void shares_backward(real* d, const Shares& shares, int at, double start, double size, double by_start,
+// The start is -BOUND and the sizes of all bins before; of softmax p, the gradient is p (g - sum of p g). Shares are
+// computed once more, since registers are few.
+INLINE void shares_backward(real* d, const real* u, int k, int at, double start, double size, double by_start,
                             double by_size) {
+    const Shares shares = shares_of(u, k);
     const double before = start + SPLINE_BOUND - at * SMALLEST;
     const double total = (by_start * before + by_size * (size - SMALLEST)) / SHARED;
+#pragma unroll 1
     for (int b = 0; b < SPLINE_BINS; ++b) {
         const double gradient = b < at ? by_start : (b == at ? by_size : 0.0);
-        d[static_cast<int64>(b) * shares.k] = static_cast<real>(share(shares, b) * (gradient - total));
+        d[static_cast<int64>(b) * k] = static_cast<real>(share(shares, b) * (gradient - total));
     }
 }
 
-// dx : (n, k), dx may be dy; dm as m, from dy and dlog_det : (n,).
-KERNEL(spline_backward)(real* dx, real* __restrict__ dm, const real* dy, const double* __restrict__ dlog_det,
+// dx : (n, k), dx may be dy; dm as m, from dy and dlog_det : (n,). Two blocks a multiprocessor: some 20 numbers of
+// float64 are in use at once, of float32 flows, too.
+KERNEL_WITH(spline_backward, 2)(real* dx, real* __restrict__ dm, const real* dy, const double* __restrict__ dlog_det,
                         const real* __restrict__ x, const real* __restrict__ m, int64 n, int k) {
     for (int64 e = first_thread(); e < n * k; e += all_threads()) {
         const Place where = place(e, k);
@@ -152,21 +157,22 @@ KERNEL(spline_backward)(real* dx, real* __restrict__ dm, const real* dy, const d
         const double below = below_of(bin, t), above = above_of(bin, t), part = (bin.s * t * t + bin.left * v) / below;
         const double up_part = up * bin.h / below, log_above = up_log / above, log_below = 2.0 * up_log / below;
         // By the place t, by s, and by the two slopes, each with the others held.
+        const double by_left = slope_backward(v * (up_part * (1.0 - part) - log_below) + log_above * rest * rest, bin.u0);
+        const double by_right = slope_backward(log_above * t * t - v * (up_part * part + log_below), bin.u1);
+        real* slopes = d + 2 * static_cast<int64>(SPLINE_BINS) * k;
+#pragma unroll 1
+        for (int j = 0; j < SPLINE_BINS - 1; ++j) {  // the slope between bins j and j + 1
+            const double by_u = j == bin.at ? by_right : (j + 1 == bin.at ? by_left : 0.0);
+            slopes[static_cast<int64>(j) * k] = static_cast<real>(by_u);
+        }
         const double by_t = up * slope_in(bin, t) * bin.w - log_below * bin.excess * turn
                             + 2.0 * log_above * (bin.right * t + bin.s * turn - bin.left * rest);
         const double by_s = up_part * (t * t - part * (1.0 - 2.0 * v)) + 2.0 * up_log / bin.s + 2.0 * v * log_above
                             - log_below * (1.0 - 2.0 * v);
-        const double by_left = v * (up_part * (1.0 - part) - log_below) + log_above * rest * rest;
-        const double by_right = log_above * t * t - v * (up_part * part + log_below);
         dx[e] = static_cast<real>(by_t / bin.w);
         const double by_w = -(t * by_t + bin.s * by_s) / bin.w, by_h = up * part + by_s / bin.w;
-        shares_backward(d, bin.widths, bin.at, bin.x0, bin.w, -by_t / bin.w, by_w);
-        shares_backward(d + static_cast<int64>(SPLINE_BINS) * k, bin.heights, bin.at, bin.y0, bin.h, up, by_h);
-        d += 2 * static_cast<int64>(SPLINE_BINS) * k;
-        for (int j = 0; j < SPLINE_BINS - 1; ++j) {  // the slope between bins j and j + 1
-            const double by_u = j == bin.at ? slope_backward(by_right, bin.u1)
-                                            : (j + 1 == bin.at ? slope_backward(by_left, bin.u0) : 0.0);
-            d[static_cast<int64>(j) * k] = static_cast<real>(by_u);
-        }
+        shares_backward(d, m + first, k, bin.at, bin.x0, bin.w, -by_t / bin.w, by_w);
+        const int64 heights = static_cast<int64>(SPLINE_BINS) * k;
+        shares_backward(d + heights, m + first + heights, k, bin.at, bin.y0, bin.h, up, by_h);
     }
 }
