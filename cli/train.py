@@ -47,7 +47,8 @@ EXAMPLES = """\
 """
 PRESET = "from the preset"
 _PAPERS = ("mnist", "tfd", "svhn", "cifar10")
-PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), "tabular", "tabular-large", "demo")
+_TABLES = ("tabular", "tabular-large", "tabular-spline")
+PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), *_TABLES, "demo")
 
 # Options that set a number of an optimiser: option, the number's name (nicecp.optimizers), type, help.
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -87,8 +88,8 @@ def _number_options(function: Any) -> Any:
     type=click.Choice([*PRESETS]),
     default="auto",
     show_default=True,
-    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats; tabular-large is slower and "
-    "better. mnist, tfd, svhn, cifar10 are the paper's, those with -code the authors' published files.",
+    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats, tabular-spline slower and better. "
+    "mnist, tfd, svhn, cifar10 are the paper's, those with -code the authors' published files.",
 )
 @click.option("--epochs", type=click.IntRange(1, 2**31 - 1), show_default=PRESET, help="Passes over the training rows.")
 @click.option("--batch-size", type=click.IntRange(1, 2**24), show_default=PRESET, help="Rows in a training step.")

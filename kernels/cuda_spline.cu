@@ -111,7 +111,8 @@ KERNEL(spline_forward)(real* y, double* __restrict__ log_det, const real* x, con
                 result = bin.y0 + bin.h * (bin.s * t * t + bin.left * t * (1.0 - t)) / below_of(bin, t);
             } else {  // the root that does not cancel: Durkan et al. 2019, appendix A.1
                 const double up = value - bin.y0, linear = bin.h * bin.left - up * bin.excess;
-                const double under = linear * linear + 4.0 * bin.s * up * (bin.h * (bin.s - bin.left) + up * bin.excess);
+                const double square = bin.h * (bin.s - bin.left) + up * bin.excess;
+                const double under = linear * linear + 4.0 * bin.s * up * square;
                 t = 2.0 * bin.s * up / (linear + sqrt(under < 0.0 ? 0.0 : under));
                 result = bin.x0 + bin.w * t;
             }
@@ -157,8 +158,9 @@ KERNEL_WITH(spline_backward, 2)(real* dx, real* __restrict__ dm, const real* dy,
         const double below = below_of(bin, t), above = above_of(bin, t), part = (bin.s * t * t + bin.left * v) / below;
         const double up_part = up * bin.h / below, log_above = up_log / above, log_below = 2.0 * up_log / below;
         // By the place t, by s, and by the two slopes, each with the others held.
-        const double by_left = slope_backward(v * (up_part * (1.0 - part) - log_below) + log_above * rest * rest, bin.u0);
-        const double by_right = slope_backward(log_above * t * t - v * (up_part * part + log_below), bin.u1);
+        const double at_left = v * (up_part * (1.0 - part) - log_below) + log_above * rest * rest;
+        const double at_right = log_above * t * t - v * (up_part * part + log_below);
+        const double by_left = slope_backward(at_left, bin.u0), by_right = slope_backward(at_right, bin.u1);
         real* slopes = d + 2 * static_cast<int64>(SPLINE_BINS) * k;
 #pragma unroll 1
         for (int j = 0; j < SPLINE_BINS - 1; ++j) {  // the slope between bins j and j + 1
