@@ -42,6 +42,7 @@ class Op:
     GATHER = 19
     COPY_COLUMNS = 20
     LOGIT_FORWARD = 21
+    PERMUTE = 24
 
 
 class Field:

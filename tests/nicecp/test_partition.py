@@ -17,10 +17,11 @@ from nicecp import NICE, fit, load
 from nicecp.cli.main import main
 from nicecp.cli.train import train as train_command
 from nicecp.errors import DataError
-from nicecp.partition import order_from_file, random_order
+from nicecp.orders import partition_order, random_order
+from nicecp.partition import order_from_file
 from nicecp.preset_table import PRESETS
 from nicecp.presets import contradiction, resolve
-from nicecp.spec import ModelSpec, alternating, partition_order
+from nicecp.spec import ModelSpec, alternating
 from tests.nicecp.runs import SMALL, go_on, model_bytes, train, write_images, write_table
 
 ORDER = (3, 0, 4, 2, 1)
