@@ -6,7 +6,8 @@ FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). 
 the training rows a sixth, drawn by the seed as nicecp draws it, validates: it chooses the epoch that nicecp keeps, the
 mixture's number of components and the kernel's width. All see the same rows; nicecp computes in float32. Densities are
 of the values as they stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
-standardize is nicecp, tabular-large, without transforms of columns.
+standardize is nicecp without transforms of columns; repartition draws the parts of its couplings anew after every two;
+spline is the preset tabular-spline.
 
 gmm: GaussianMixture with full covariances of standardised columns, components of 1 to 64, two starts each. kde:
 KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural spline flow on standardised columns.
@@ -19,7 +20,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,10 +47,9 @@ def summary(values: Rows) -> str:
 
 
 def nicecp(
-    path: str, train: Rows, valid: Rows, test: Rows, seed: int, transform: str | None, preset: str = "tabular-large"
+    path: str, train: Rows, valid: Rows, test: Rows, seed: int, preset: str = "tabular-large", **choices: Any
 ) -> tuple[Rows, str]:
-    choices = {"preset": preset, "dtype": "float32", "transform": transform}
-    with Run.start(path, None, **choices, seed=seed, threads=1) as run:
+    with Run.start(path, None, preset=preset, dtype="float32", **choices, seed=seed, threads=1) as run:
         outcome = run.execute()
         flow: NICE = run.flow
         note = f"{len(outcome.record.history)} epochs, best {outcome.record.best_epoch}"
@@ -110,13 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the tables")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also zuko")
+    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also repartition, zuko")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of every model")
     given = parser.parse_args()
     models: dict[str, Callable[..., tuple[Rows, str]]] = {
-        "spline": lambda *rows: nicecp(*rows, None, "tabular-spline"),
-        "nicecp": lambda *rows: nicecp(*rows, None),
-        "standardize": lambda *rows: nicecp(*rows, "none"),
+        "spline": partial(nicecp, preset="tabular-spline"),
+        "nicecp": nicecp,
+        "standardize": partial(nicecp, transform="none"),
+        "repartition": partial(nicecp, repartition=2),
         "gmm": gmm,
         "kde": kde,
         "zuko": zuko,

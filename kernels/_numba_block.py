@@ -31,6 +31,7 @@ _NUMBERS, _ARRAYS, _LOG_DET = one_point._NUMBERS, one_point._ARRAYS, one_point._
 _FEATURES, _CONTEXT_SIZE, FAILED = one_point._FEATURES, one_point._CONTEXT_SIZE, one_point.FAILED
 _SHIFT, _STANDARDIZE, _CHECK, _GATHER = PointOp.SHIFT, PointOp.STANDARDIZE, PointOp.CHECK, PointOp.GATHER
 _CONTEXT, _DENSE, _COUPLE, _PRIOR = PointOp.CONTEXT, PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR
+_PERMUTE = PointOp.PERMUTE
 _DOUBLE, _INTEGER, _SPLINE = np.float64(0), np.int64(0), Law.SPLINE
 _BOUND, _HALF_LOG_2PI = FACTOR_BOUND, 0.5 * math.log(2.0 * math.pi)
 _PRODUCT = 64  # factors of at most 2 that are multiplied before a logarithm is taken: they cannot overflow
@@ -136,6 +137,13 @@ def _core(one: Any, transforms: bool) -> Any:
                         values = other + wide * number_at(a + 8 * c, _INTEGER)
                         for r in range(rows):
                             put_at(z + c * BLOCK_BYTES + size * r, real(number_at(values + 8 * r, _DOUBLE)))
+                elif op == _PERMUTE:
+                    m, rest = number_at(row + _NUMBERS + 32, _INTEGER), base + wide * second
+                    for c in range(count):
+                        at = number_at(a + 8 * c, _INTEGER)
+                        values = other + at * BLOCK_BYTES if at < m else rest + (at - m) * BLOCK_BYTES
+                        for r in range(0, BLOCK_BYTES, size):
+                            put_at(z + c * BLOCK_BYTES + r, number_at(values + r, one))
                 elif op == _CONTEXT:
                     for c in range(count):
                         for r in range(rows):

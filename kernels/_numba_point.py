@@ -30,6 +30,7 @@ _ROWS, _SCRATCH, _LOG_DET = (8 * word for word in (PointField.ROWS, PointField.S
 _FEATURES, _CONTEXT_SIZE = 8 * PointField.FEATURES, 8 * PointField.CONTEXT
 _SHIFT, _CHECK, _GATHER, _CONTEXT = PointOp.SHIFT, PointOp.CHECK, PointOp.GATHER, PointOp.CONTEXT
 _DENSE, _COUPLE, _PRIOR, _STANDARDIZE = PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR, PointOp.STANDARDIZE
+_PERMUTE = PointOp.PERMUTE
 _DOUBLE, _INTEGER = np.float64(0), np.int64(0)
 _SPLINE = Law.SPLINE
 _BOUND, _HALF_LOG_2PI = FACTOR_BOUND, 0.5 * math.log(2.0 * math.pi)
@@ -143,6 +144,11 @@ def _core(one: Any, transforms: bool) -> Any:
                 for c in range(0, 8 * n, 8):
                     value = number_at(z + c, _DOUBLE) - number_at(a + c, _DOUBLE)
                     put_at(z + c, value / number_at(b + c, _DOUBLE))
+            elif op == _PERMUTE:
+                m, rest = number_at(row + _NUMBERS + 32, _INTEGER), base + 8 * second
+                for c in range(0, 8 * n, 8):
+                    at = number_at(a + c, _INTEGER)
+                    put_at(z + c, number_at(other + 8 * at if at < m else rest + 8 * (at - m), _DOUBLE))
             elif transforms:  # else Numba does not compile what follows
                 value, log_slope = transform(n, number_at(z, _DOUBLE), a, b)
                 put_at(z, value)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
-from nicecp.kernels._numba_columns import copy_columns, gather
+from nicecp.kernels._numba_columns import copy_columns, gather, permute
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_logit import logit_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
@@ -28,7 +28,7 @@ _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_P
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
 _LOGIT_FORWARD, _SPLINE_FORWARD, _SPLINE_BACKWARD = Op.LOGIT_FORWARD, Op.SPLINE_FORWARD, Op.SPLINE_BACKWARD
-_GATHER, _COPY_COLUMNS = Op.GATHER, Op.COPY_COLUMNS
+_GATHER, _COPY_COLUMNS, _PERMUTE = Op.GATHER, Op.COPY_COLUMNS, Op.PERMUTE
 _STATE, _CURSOR, _EPOCH, _OUTPUTS = Slot.SIZE, Slot.CURSOR, Slot.EPOCH, OUTPUTS
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
@@ -93,6 +93,14 @@ def _beside(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         to, width, start, from_, size = number[0], number[1], number[2], number[3], item_size(one)
         out, x = _matrix(at[0] + a * to * size, n, to, one), _matrix(at[1] + a * width * size, n, width, one)
         copy_columns(out, start, x, from_, number[4])
+        return
+    if code == _PERMUTE:
+        d, size = number[0], item_size(one)
+        d0, d1 = (d + 1) // 2, d // 2
+        first, second = a * d0 * size, a * d1 * size
+        y0, y1 = _matrix(at[0] + first, n, d0, one), _matrix(at[1] + second, n, d1, one)
+        x0, x1 = _matrix(at[2] + first, n, d0, one), _matrix(at[3] + second, n, d1, one)
+        permute(y0, y1, x0, x1, _vector(at[4], d, _INTEGER))
         return
     all_rows, k, m, given, out_wide, wide = number[0], number[1], number[2], number[3], number[4] != 0, number[5] != 0
     first = np.int64(_vector(at[3], _STATE, _DOUBLE)[_CURSOR]) * all_rows + a
@@ -266,7 +274,7 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _scale_prior(code, at, number, a, b, one)
             elif code == _LOGIT_FORWARD:
                 _logit(at, number, a, b, one)
-            elif code == _GATHER or code == _COPY_COLUMNS:
+            elif code == _GATHER or code == _COPY_COLUMNS or code == _PERMUTE:
                 _beside(code, at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)

@@ -140,6 +140,15 @@ class Backend(DeviceArrays):
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
 
     @abstractmethod
+    def permute(self, y0: Array, y1: Array, x0: Array, x1: Array, index: Array) -> None:
+        """The halves by another order: column c of y0 and y1, side by side, is column index[c] of x0 and x1.
+
+        y0, x0 : (n, d0), y1, x1 : (n, d1), four arrays. index : (d,) int64, a permutation that never changes, as
+        load_batch's order; from one order to another it is np.argsort(one)[other]. log abs det is 0; the inverse, and
+        so the backward pass, is permute by np.argsort(index).
+        """
+
+    @abstractmethod
     def logit_forward(
         self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
     ) -> None:

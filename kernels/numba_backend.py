@@ -78,6 +78,14 @@ class NumbaBackend(NumbaCalls):
         numbers = (d, _places(order, d)[1])
         self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (order,), numbers, (x,), (x0, x1))
 
+    def permute(self, y0: Array, y1: Array, x0: Array, x1: Array, index: Array) -> None:
+        (n, d0), d = x0.shape, len(index)
+        if x1.shape != (n, d - d0) or y0.shape != x0.shape or y1.shape != x1.shape or d0 != (d + 1) // 2:
+            raise ValueError(f"{d} columns cannot go from {x0.shape} and {x1.shape} to {y0.shape} and {y1.shape}")
+        _places(index, d)
+        over = self._cut(n, n * d, _SLICED_ROWS, 1)
+        self._call(Op.PERMUTE, over, (y0, y1, x0, x1), (index,), (d,), (y0, y1), (x0, x1), n * d)
+
     def logit_forward(
         self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
     ) -> None:

@@ -44,6 +44,7 @@ class Op:
     LOGIT_FORWARD = 21
     SPLINE_FORWARD = 22
     SPLINE_BACKWARD = 23
+    PERMUTE = 24
 
 
 class Field:

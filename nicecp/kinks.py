@@ -29,6 +29,9 @@ def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterato
     features, context = z[:, : spec.n_features], z[:, spec.n_features :]
     parts = [features[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
+        index = spec.permutations[k]
+        if index is not None:
+            parts = np.hsplit(np.hstack(parts)[:, index], [spec.part_sizes[0]])
         own = own_of({name: parameters[f"couplings/{k}/{name}"] for name in spec.own_shapes(k)})
         y, layers = np.hstack([parts[coupling.conditions_on], context]), len(spec.dense_layers(k))
         for j in range(layers):

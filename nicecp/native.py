@@ -139,16 +139,28 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step], context:
         at = _STEPS[step.kind](program, at, step)
         program.log_det += step.log_det
     program.add(PointOp.CHECK, at, spec.n_features)
-    halves, order = [program.place(size + k) for size in parts], spec.column_order
-    for place, size, index in zip(halves, parts, (order[: parts[0]], order[parts[0] :]), strict=True):
-        program.add(PointOp.GATHER, place, size, at, arrays=(index,))
-        if k:  # every network reads it behind the part that it conditions on
-            program.add(PointOp.CONTEXT, place, k, size)
-        if context is not None:
-            program.add(PointOp.STANDARDIZE, place + size, k, arrays=(context.mean, context.std))
+
+    def places() -> list[int]:
+        """Of the two halves, with the context behind each: every network reads it after the part it conditions on."""
+        made = [program.place(size + k) for size in parts]
+        for place, size in zip(made, parts, strict=True):
+            if k:
+                program.add(PointOp.CONTEXT, place, k, size)
+            if context is not None:
+                program.add(PointOp.STANDARDIZE, place + size, k, arrays=(context.mean, context.std))
+        return made
+
+    halves, order = places(), spec.column_order
+    for place, picked in zip(halves, (order[: parts[0]], order[parts[0] :]), strict=True):
+        program.add(PointOp.GATHER, place, len(picked), at, arrays=(picked,))
+    spare = places() if any(index is not None for index in spec.permutations) else []
     widest = max(max(spec.layer_sizes(k)[1:]) for k in range(len(spec.couplings)))
     turns = [program.place(max(widest, *parts)) for _ in range(2)]
-    for coupling, layers in zip(spec.couplings, views.couplings, strict=True):
+    for coupling, layers, index in zip(spec.couplings, views.couplings, spec.permutations, strict=True):
+        if index is not None:
+            halves, spare = spare, halves
+            for place, picked in zip(halves, np.split(index, [parts[0]]), strict=True):
+                program.add(PointOp.PERMUTE, place, len(picked), *spare, parts[0], arrays=(picked,))
         source = halves[coupling.conditions_on]
         for j, (weight, bias) in enumerate(layers):
             numbers = (turns[j % 2], weight.shape[0], source, weight.shape[1], j < len(layers) - 1, False)

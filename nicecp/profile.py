@@ -21,7 +21,7 @@ PARTS: dict[str, tuple[int, ...]] = {  # part of the step -> its calls on the ta
     "masks and bias gradients": (Op.BIAS_RELU_BACKWARD,),
     "couplings": (
         *(Op.COUPLE, Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.SPLINE_FORWARD, Op.SPLINE_BACKWARD),
-        *(Op.ACCUMULATE, Op.SCALE_INVERSE),
+        *(Op.ACCUMULATE, Op.SCALE_INVERSE, Op.PERMUTE),
     ),
     "prior and loss": (Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD, Op.LOSS),
     "update": (Op.UPDATE, Op.ADVANCE),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.kernels.backend import OPTIMIZERS, PRIORS, Backend, Slot
-from tests import oracle
+from tests import oracle, oracle_parts
 
 TOLERANCE = {"float32": 5e-6, "float64": 1e-13}
 SPLINE_TOLERANCE = (
@@ -138,11 +138,29 @@ def check_split_join(backend: Backend, dtype: str, n: int, d: int, partition: st
     x, order = device.normal(n, d), device.put(host_order, "int64")
     x0, x1, joined = device.out(n, halves(d)[0]), device.out(n, halves(d)[1]), device.out(n, d)
     backend.split(x0, x1, device.put(x), order)
-    e0, e1 = oracle.parts_of(x, host_order)
+    e0, e1 = oracle_parts.parts_of(x, host_order)
     device.close(x0, e0, "part 0", 0)
     device.close(x1, e1, "part 1", 0)
     backend.join(joined, x0, x1, order)
     device.close(joined, x, "join after split", 0)
+
+
+def check_permute(backend: Backend, dtype: str, n: int, d: int) -> None:
+    """From one order to another, and back by the inverse permutation."""
+    device, rng = Device(backend, dtype), np.random.default_rng(d)
+    one, other = rng.permutation(d), rng.permutation(d)
+    x = device.normal(n, d)
+    x0, x1 = (device.put(part) for part in oracle_parts.parts_of(x, one))
+    y0, y1, z0, z1 = (device.out(n, k) for k in halves(d) * 2)
+    index = np.argsort(one)[other]
+    backend.permute(y0, y1, x0, x1, device.put(index, "int64"))
+    for part, (y, expected) in enumerate(zip((y0, y1), oracle_parts.parts_of(x, other), strict=True)):
+        device.close(y, expected, f"part {part}", 0)
+        np.testing.assert_array_equal(expected, oracle_parts.permute(*oracle_parts.parts_of(x, one), index)[part])
+    backend.permute(z0, z1, y0, y1, device.put(np.argsort(index), "int64"))
+    for back, first, expected in zip((z0, z1), (x0, x1), oracle_parts.parts_of(x, one), strict=True):
+        device.close(back, expected, "there and back", 0)
+        device.close(first, expected, "x must stay", 0)
 
 
 def check_gather(

@@ -17,7 +17,7 @@ from nicecp.testing import check_gradients
 from tests import gates, oracle
 
 # d, hidden layers of every coupling, which part the first coupling reads, the couplings' laws in turn, and the
-# partition if it is another than odd-even: 1 to 5 couplings, depths 0 to 3, mixed too
+# partition if it is another than odd-even, orders of single couplings: 1 to 5 couplings, depths 0 to 3, mixed too
 SHAPES: dict[str, tuple[Any, ...]] = {
     "d2-one-linear": (2, [()], 0, ("additive",)),
     "d3-two": (3, [(4,), (4,)], 0, ("additive",)),
@@ -32,6 +32,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "d5-spline-in-turn": (5, [(4,), (3, 4), ()], 1, ("spline", "affine", "spline"), "halves"),
     "d5-halves": (5, [(4,), (3, 4), (4,)], 0, ("additive", "affine"), "halves"),
     "d6-permuted": (6, [(4,), (3, 4), (4,)], 1, ("multiplicative", "additive"), (4, 1, 0, 5, 2, 3)),
+    "d5-new-parts": (5, [(4,), (3,), (), (4, 3)], 1, ("affine",), "odd-even", {2: (3, 0, 1, 4, 2)}),
+    "d4-new-parts-each": (4, [(4,)] * 3, 0, ("additive",), (2, 0, 3, 1), {1: (0, 1, 2, 3), 2: (3, 0, 2, 1)}),
 }
 EACH_SHAPE = pytest.mark.parametrize("shape", list(SHAPES))
 EACH_PRIOR = pytest.mark.parametrize("prior", ["gaussian", "logistic"])

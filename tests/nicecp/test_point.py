@@ -89,6 +89,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two features": {"d": 2, "hidden": ((64, 64),) * 4},
     "halves": {"partition": "halves"},
     "permutation": {"partition": (3, 0, 4, 2, 1)},
+    "other parts": {"orders": {1: (3, 0, 4, 2, 1), 2: (1, 2, 0, 4, 3)}, "laws": ("affine",)},
+    "other parts, float32": {"orders": {2: (3, 0, 4, 2, 1)}, "dtype": "float32", "partition": "halves"},
     "standardize": {"steps": gates.standardize(D)},
     "dequantize": {"steps": (Dequantize(-1.0, 1.0), Standardize(np.full(D, 0.5), np.full(D, 0.25)))},
     "zca": {"steps": (*gates.standardize(D), zca(D)), "dtype": "float32"},
