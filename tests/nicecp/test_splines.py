@@ -33,7 +33,7 @@ def test_tails_are_bounded(dtype: str, prior: str) -> None:
     rows = np.concatenate([x] * 3)
     for column, value in enumerate((1e6, -1e6, 1e15, -1e15)):
         rows[column, column] = value
-    rows[4] = 1e30 if dtype == "float64" else 1e15
+    rows[4] = 1e30
     found = np.asarray(flow.log_prob(rows))
     assert np.isfinite(found).all()
     np.testing.assert_allclose([flow.njit_log_prob()(row) for row in rows], found, rtol=1e-4)
