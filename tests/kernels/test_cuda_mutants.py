@@ -92,7 +92,7 @@ MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
     "bins without their least size": ("spline", "start + SMALLEST + share(shares, b)", "start + share(shares, b)",
         [spline]),
     "softmax that overflows": ("spline", "top = other > top ? other : top;", "top = 0.0;", [splines_out]),
-    "the bin before": ("spline", "value >= start : b <= at", "value > start + 0.01 : b <= at", [spline]),
+    "the bin before": ("spline", "value >= start : b <= at", "value > start + 0.1 : b <= at", [spline]),
     "inner slopes one knot late": ("spline", "slopes[static_cast<int64>(at - 1) * k]",
         "slopes[static_cast<int64>(at) * k]", [spline]),
     "an end with a slope": ("spline", "at < SPLINE_BINS - 1 ? slopes[static_cast<int64>(at) * k] : real(0)",

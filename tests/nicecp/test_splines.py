@@ -33,10 +33,10 @@ def test_tails_are_bounded(dtype: str, prior: str) -> None:
     rows = np.concatenate([x] * 3)
     for column, value in enumerate((1e6, -1e6, 1e15, -1e15)):
         rows[column, column] = value
-    rows[4] = 1e30 if dtype == "float64" else 1e15
-    found = np.asarray(flow.log_prob(rows))
+    rows[4] = 1e30
+    found, one_point = np.asarray(flow.log_prob(rows)), flow.njit_log_prob()
     assert np.isfinite(found).all()
-    np.testing.assert_allclose([flow.njit_log_prob()(row) for row in rows], found, rtol=1e-4)
+    np.testing.assert_allclose([one_point(row) for row in rows], found, rtol=1e-4)
     np.testing.assert_allclose(gates.log_prob_by_backend(flow, rows), found, rtol=1e-4)
     size = np.abs(rows).max(axis=1)
     scale = 10 * np.exp(np.abs(flow.parameters()["scaling/log_scale"]).max())
@@ -61,6 +61,7 @@ def test_the_map_is_smooth_across_knots_and_ends() -> None:
     np.testing.assert_allclose(h[outside], scale * grid[outside], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_splines_learn_two_humps_where_factors_cannot() -> None:
     """x1 has two humps given x0: its entropy is known; an affine coupling can only move and stretch one."""
     rng = np.random.default_rng(0)
