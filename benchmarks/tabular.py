@@ -1,12 +1,13 @@
-"""Held-out log-likelihood of the tabular-large preset on tables, beside mixtures and kernels of scikit-learn.
+"""Held-out log-likelihood of the presets tabular-large and tabular-spline on tables, beside scikit-learn's densities.
 
-    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models spline,gmm,kde,zuko] [--seed 0]
 
 FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are those of the file; of
 the training rows a sixth, drawn by the seed as nicecp draws it, validates: it chooses the epoch that nicecp keeps, the
 mixture's number of components and the kernel's width. All see the same rows; nicecp computes in float32. Densities are
 of the values as they stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
-standardize is nicecp without transforms of columns.
+standardize is nicecp without transforms of columns; repartition draws the parts of its couplings anew after every two;
+spline is the preset tabular-spline.
 
 gmm: GaussianMixture with full covariances of standardised columns, components of 1 to 64, two starts each. kde:
 KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural spline flow on standardised columns.
@@ -19,7 +20,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,9 +46,10 @@ def summary(values: Rows) -> str:
     return f"{values.mean():9.3f} +- {error:5.3f}  {trimmed:9.3f}  {ordered[0]:9.1f}"
 
 
-def nicecp(path: str, train: Rows, valid: Rows, test: Rows, seed: int, transform: str | None) -> tuple[Rows, str]:
-    choices = {"preset": "tabular-large", "dtype": "float32", "transform": transform}
-    with Run.start(path, None, **choices, seed=seed, threads=1) as run:
+def nicecp(
+    path: str, train: Rows, valid: Rows, test: Rows, seed: int, preset: str = "tabular-large", **choices: Any
+) -> tuple[Rows, str]:
+    with Run.start(path, None, preset=preset, dtype="float32", **choices, seed=seed, threads=1) as run:
         outcome = run.execute()
         flow: NICE = run.flow
         note = f"{len(outcome.record.history)} epochs, best {outcome.record.best_epoch}"
@@ -108,12 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the tables")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--models", default="standardize,nicecp,gmm,kde", help="also zuko")
+    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also repartition, zuko")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of every model")
     given = parser.parse_args()
     models: dict[str, Callable[..., tuple[Rows, str]]] = {
-        "nicecp": lambda *rows: nicecp(*rows, None),
-        "standardize": lambda *rows: nicecp(*rows, "none"),
+        "spline": partial(nicecp, preset="tabular-spline"),
+        "nicecp": nicecp,
+        "standardize": partial(nicecp, transform="none"),
+        "repartition": partial(nicecp, repartition=2),
         "gmm": gmm,
         "kde": kde,
         "zuko": zuko,

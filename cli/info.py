@@ -45,10 +45,11 @@ def _checkpoint(found: dict[str, Any]) -> str:
     if model["image_shape"]:
         rows.append(("images", "x".join(str(size) for size in model["image_shape"])))
     if model["order"]:
-        half = (len(model["order"]) + 1) // 2
-        parts = model["order"][:half], model["order"][half:]
-        shown = (" ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in parts)
-        rows.append(("parts", " | ".join(shown)))
+        rows.append(("parts", _parts(model["order"])))
+    changed = [(number, coupling["order"]) for number, coupling in enumerate(model["couplings"]) if coupling["order"]]
+    rows += [(f"parts from coupling {number}", _parts(order)) for number, order in changed[:12]]
+    if len(changed) > 12:
+        rows.append(("", f"and {len(changed) - 12} more"))
     if model["columns"]:
         rows.append(("columns", _listed(model["columns"])))
     if model["context"]:
@@ -80,6 +81,15 @@ def _checkpoint(found: dict[str, Any]) -> str:
             for row in training["history"]
         ]
     return "\n".join(lines)
+
+
+def _parts(order: list[int]) -> str:
+    """'3 0 4 | 2 1'; of many columns only the first."""
+    half = (len(order) + 1) // 2
+    shown = (
+        " ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in (order[:half], order[half:])
+    )
+    return " | ".join(shown)
 
 
 def context_text(context: dict[str, Any]) -> str:

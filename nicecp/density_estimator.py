@@ -41,8 +41,8 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Hidden layer sizes of every coupling's network.
     n_couplings : int
         Coupling layers; at least 3 for every column to influence every other.
-    coupling : "affine", "additive" or "multiplicative", or several of these that take turns
-        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian.
+    coupling : "affine", "additive", "multiplicative" or "spline", or several of these that take turns
+        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian; splines bend columns.
     prior : "gaussian" or "logistic"
         Of the latent components.
     epochs : int

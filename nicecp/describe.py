@@ -34,6 +34,9 @@ def model_line(spec: ModelSpec) -> str:
     each = _couplings_line(spec)
     if spec.partition != "odd-even":
         each += f", parts by {spec.partition}"
+    changes = sum(coupling.order is not None for coupling in spec.couplings)
+    if changes:
+        each += f", other parts {changes} time{'s' * (changes > 1)}"
     given = f" given {spec.n_context}" if spec.n_context else ""
     return (
         f"{spec.n_features} features{given}, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, "

@@ -1,4 +1,5 @@
-"""Monotone rational-quadratic splines in one variable, with logarithmic tails: arithmetic of the quantile transform.
+"""Monotone rational-quadratic splines in one variable: arithmetic of the quantile transform, with logarithmic tails;
+and for checks that of spline couplings, in plain NumPy.
 
 Between knots (x_k, z_k), both increasing, with slopes d_k > 0 the spline is that of Gregory and Delbourgo, "Piecewise
 rational quadratic interpolation to monotonic data", IMA Journal of Numerical Analysis 2, 1982, equation 2.4: once
@@ -13,9 +14,12 @@ costs a density some dozens of nats, not millions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nicecp.kernels.backend import SPLINE_BINS, SPLINE_BOUND, SPLINE_LEAST, SPLINE_OFFSET, SPLINE_STEEP
 
 FloatArray = NDArray[np.float64]
 
@@ -83,6 +87,37 @@ def inverse(z: FloatArray, knots: Knots) -> FloatArray:
             tail, d = knots.tail[end], knots.slope[end]
             x[side] = knots.x[end] + sign * tail / d * np.expm1(sign * (z[side] - knots.z[end]) / tail)
     return np.asarray(x)
+
+
+# --- couplings --------------------------------------------------------------------------------------------------------
+
+
+def coupling_spline(x: NDArray[Any], m: NDArray[Any]) -> tuple[FloatArray, FloatArray]:
+    """x : (n, k), m : (n, (3 K - 1) k) -> y : (n, k) of Backend.spline_forward, x less the knots : (n, k, K + 1)."""
+    n, k = x.shape
+    numbers = np.asarray(m, np.float64).reshape(n, -1, k).transpose(0, 2, 1)
+    xs, ys = (_coupling_knots(numbers[..., part : part + SPLINE_BINS]) for part in (0, SPLINE_BINS))
+    raw = np.minimum(numbers[..., 2 * SPLINE_BINS :], SPLINE_STEEP) + SPLINE_OFFSET
+    slopes = np.pad(SPLINE_LEAST + np.logaddexp(0.0, raw), ((0, 0), (0, 0), (1, 1)), constant_values=1.0)
+    away = np.asarray(x, np.float64)[..., None] - xs
+    b = np.clip((away >= 0).sum(axis=2) - 1, 0, SPLINE_BINS - 1)[..., None]
+    (x0, x1), (y0, y1), (left, right) = (
+        (np.take_along_axis(ends, b, 2)[..., 0], np.take_along_axis(ends, b + 1, 2)[..., 0])
+        for ends in (xs, ys, slopes)
+    )
+    u, s = np.clip((x - x0) / (x1 - x0), 0.0, 1.0), (y1 - y0) / (x1 - x0)
+    v = u * (1.0 - u)
+    y = y0 + (y1 - y0) * (s * u**2 + left * v) / (s + (left + right - 2.0 * s) * v)
+    return np.where(np.abs(x) < SPLINE_BOUND, y, x), away
+
+
+def _coupling_knots(numbers: FloatArray) -> FloatArray:
+    """(..., K) -> (..., K + 1)."""
+    share = np.exp(numbers - numbers.max(axis=-1, keepdims=True))
+    share = SPLINE_LEAST + (1.0 - SPLINE_BINS * SPLINE_LEAST) * share / share.sum(axis=-1, keepdims=True)
+    inner = 2.0 * SPLINE_BOUND * np.cumsum(share, axis=-1)[..., :-1] - SPLINE_BOUND
+    end = np.full((*numbers.shape[:-1], 1), SPLINE_BOUND)
+    return np.concatenate([-end, inner, end], axis=-1)
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_laws_of_the_couplings(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["train", "--data", "table.h5", "--out", "b.h5", "--coupling", "afine"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "additive, multiplicative, affine, got afine" in err
+    assert "additive, multiplicative, affine, spline, got afine" in err
     assert not Path("b.h5").exists()
 
 
