@@ -56,12 +56,14 @@ def _checkpoint(found: dict[str, Any]) -> str:
         rows.append(("context", context_text(model["context"])))
     if training is None:
         return table([*rows, ("training", "not recorded")])
-    best = training["best_valid_log_likelihood"]
+    best, averaged = training["best_valid_log_likelihood"], training["best_average"]
     rows.append(
         (
             "training",
             f"{plural(training['epochs'], 'epoch')} in {clock(training['seconds'] or 0.0)}, "
-            f"the best is {training['best_epoch']}" + ("" if best is None else f" with validation {best:.2f} nats"),
+            f"the best is {training['best_epoch']}"
+            + (f", averaged over {plural(averaged, 'epoch')}," if averaged else "")
+            + ("" if best is None else f" with validation {best:.2f} nats"),
         )
     )
     if training["config"].get("data"):

@@ -125,6 +125,13 @@ PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), *_TABLES, "d
     help="After each update the networks' weights are multiplied by 1 - rate times this.",
 )
 @click.option(
+    "--weight-average",
+    metavar="none|tail:EPOCHS|ema:DECAY",
+    show_default="none",
+    help="Validate averaged parameters beside each epoch's own, and keep the better ones: their mean over the last "
+    "EPOCHS of the run, or a moving average that keeps DECAY of itself at every epoch, such as 0.95.",
+)
+@click.option(
     "--patience",
     type=click.IntRange(1, 2**31 - 1),
     show_default=PRESET,
@@ -322,33 +329,12 @@ def train(
 
 # Settings under the names of their options, where these differ by more than dashes.
 _OPTIONS = {name: option for option, name, _, _ in NUMBERS} | {"range": "--range", "value_range": "--range"}
-_NAMES = (
-    "epochs",
-    "batch_size",
-    "hidden",
-    "couplings",
-    "coupling",
-    "prior",
-    "patience",
-    "seed",
-    "dtype",
-    "preset",
-    "optimizer",
-    "precision",
-    "device_memory_limit",
-    "partition",
-    "repartition",
-    "schedule",
-    "weight_decay",
-    "valid_fraction",
-    "whiten",
-    "regularization",
-    "logit",
-    "activations",
-    "transform",
-    "memory_limit",
-)
 _OPTIONS["order"] = "--partition-file"
+_NAMES = (
+    "epochs", "batch_size", "hidden", "couplings", "coupling", "prior", "patience", "seed", "dtype", "preset",
+    "optimizer", "precision", "partition", "repartition", "device_memory_limit", "schedule", "weight_decay",
+    "weight_average", "transform", "whiten", "valid_fraction", "regularization", "logit", "activations", "memory_limit",
+)  # fmt: skip
 _OPTIONS |= {name: "--" + name.replace("_", "-") for name in _NAMES}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",

@@ -115,6 +115,7 @@ def describe_checkpoint(path: StrPath, history: int = 5) -> dict[str, Any]:
             "epochs": record.epoch,
             "best_epoch": record.best_epoch,
             "best_valid_log_likelihood": plain(record.best_valid_log_likelihood),
+            "best_average": record.best_average,
             "seconds": plain(sum(row.seconds for row in record.history)),
             "seed": record.seed,
             "threads": record.threads,

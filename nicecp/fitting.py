@@ -185,6 +185,7 @@ def fit(
     activations: str = "store",
     schedule: str = "constant",
     weight_decay: float = 0.0,
+    weight_average: str = "none",
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
@@ -218,6 +219,9 @@ def fit(
         The paper's AdaM by default.
     schedule : "constant" or "cosine"; weight_decay : float
         Of the learning rate over the epochs, and of the networks' weights (nicecp.decay).
+    weight_average : "none", "tail:EPOCHS" or "ema:DECAY"
+        Parameters averaged over the last epochs, or with a decay per epoch (nicecp.averaging), are validated beside
+        those of every epoch, and the better ones kept.
     activations : "store", "halves" or "recompute"
         What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
@@ -254,6 +258,7 @@ def fit(
         activations=activations,
         schedule=schedule,
         weight_decay=weight_decay,
+        weight_average=weight_average,
     )
     spec: Any = data
     if context is not None or sample_weight is not None:

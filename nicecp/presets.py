@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.averaging import average_kind
 from nicecp.decay import check_decay
 from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
@@ -62,6 +63,7 @@ class Settings:
     activations: str = "store"
     schedule: str = "constant"  # of the learning rate: nicecp.decay
     weight_decay: float = 0.0
+    weight_average: str = "none"  # nicecp.averaging
     transform: str = NONE  # of single float columns: nicecp.transform_spec
     precision: str = "full"  # nicecp.kernels.PRECISIONS
     repartition: int = 0
@@ -267,6 +269,7 @@ def check(settings: Settings) -> None:
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
     check_decay(settings.schedule, settings.weight_decay)
+    average_kind(settings.weight_average)
     if settings.transform != NONE:
         parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):

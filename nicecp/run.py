@@ -130,10 +130,11 @@ class Run:
             settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
-            settings, read_rows = within(memory_limit, settings, splits)
-            spec = settings.model_spec(source.n_features, n_context_of(source))
-            require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_backend(device, communicator.threads() if threads is None else threads)
+            settings, read_rows = within(memory_limit, settings, splits, backend.device)
+            spec = settings.model_spec(source.n_features, n_context_of(source))
+            needed = cost_of_run(settings, splits, backend.device).memory_bytes
+            require_memory(needed, f"a model of {spec.n_parameters:,} parameters")
             backend = with_precision(backend, settings.precision, required=True)
             steps, events = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
@@ -244,7 +245,7 @@ class Run:
             changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
             check_same_data(flow, splits, None if changed else record)
             communicator.from_first(lambda: check_finite(splits))
-            settings, read_rows = within(memory_limit, settings, splits, resumed=True)
+            settings, read_rows = within(memory_limit, settings, splits, backend.device, resumed=True)
             run = cls(settings, data, splits, flow, out, saving, communicator, read_rows)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,15 @@ from tests.kernels import checks
 pytestmark = pytest.mark.gpu
 
 N, D = 33, 31
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_array_on_its_own() -> Iterator[None]:
+    """Without CuPy's pool, in whose large blocks the sanitizer does not see where an array ends."""
+    cupy = pytest.importorskip("cupy")
+    cupy.cuda.set_allocator(None)
+    yield
+    cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

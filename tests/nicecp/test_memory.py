@@ -46,6 +46,16 @@ def test_more_memory_is_more_rows() -> None:
     assert before == Rows(SHUFFLE_WINDOW, READ_ROWS)
 
 
+def test_page_locked_memory_leaves_fewer_rows() -> None:
+    """And the message about a limit that is too small says what lowers it."""
+    pinned = replace(COST, pinned_bytes=300 * MIB)
+    rows = [rows_within(1000 * MIB, 100 * MIB, cost, 200, 4096) for cost in (COST, pinned)]
+    assert rows[0] == rows_within(1300 * MIB, 100 * MIB, pinned, 200, 4096)
+    assert rows[1].window < rows[0].window
+    with pytest.raises(ValueError, match=r"of 200 rows and 300.0 MiB of page-locked memory \(--device-memory-limit\)"):
+        rows_within(400 * MIB, 100 * MIB, pinned, 200, 4096)
+
+
 @pytest.mark.parametrize("batch", [10, 5000])
 def test_the_least_limit_is_the_one_that_is_named(batch: int) -> None:
     with pytest.raises(ValueError, match=f"least .* MiB for this model and a batch of {batch} r"):
