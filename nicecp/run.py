@@ -22,13 +22,14 @@ from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
 from nicecp.kernels import Slot, with_precision
 from nicecp.locking import claim
-from nicecp.machine import open_backend, require_memory, versions
+from nicecp.machine import require_memory, versions
 from nicecp.memory import within
 from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
 from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
+from nicecp.rank_devices import open_for
 from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
@@ -129,7 +130,7 @@ class Run:
             settings, read_rows = within(memory_limit, settings, splits)
             spec = settings.model_spec(source.n_features, n_context_of(source))
             require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
-            backend = open_backend(device, communicator.threads() if threads is None else threads)
+            backend = open_for(communicator, device, threads)
             backend = with_precision(backend, settings.precision, required=True)
             steps, events = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
@@ -208,7 +209,7 @@ class Run:
     ) -> Run:
         """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
-        backend = open_backend(device, 1)  # until the run's own number of threads is known
+        backend = open_for(communicator, device, 1)  # until the run's own number of threads is known
         flow, record, state = load_state(state_file, backend=backend)
         settings = recorded_settings(record)
         if settings is None:
@@ -223,7 +224,7 @@ class Run:
         check(settings)
         as_before = record.versions.get("ranks", "1") == str(communicator.size)
         usual = record.threads if as_before else communicator.threads()
-        backend = open_backend(device, usual if threads is None else threads)
+        backend = open_for(communicator, device, usual if threads is None else threads)
         flow = NICE.from_spec(
             flow.spec, state.parameters, flow.preprocessing, flow.info, context=flow.context, backend=backend
         )
