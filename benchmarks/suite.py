@@ -76,7 +76,7 @@ def launcher(part: str) -> list[str] | None:
     return None if mpirun is None else [mpirun, "--bind-to", "none", "--oversubscribe", "-n", "2", sys.executable]
 
 
-def run(part: str, words: list[str], out: Path) -> str:
+def run(part: str, words: list[str], out: Path, limit: float = TIMEOUT) -> str:
     """ "" where it ended well, else what went wrong; leaves PART.jsonl and PART.log."""
     start, result = launcher(part), out / f"{part}.jsonl"
     if not words or start is None:
@@ -95,10 +95,10 @@ def run(part: str, words: list[str], out: Path) -> str:
         log.flush()
         try:
             code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=TIMEOUT
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=limit
             ).returncode
         except subprocess.TimeoutExpired:
-            return f"stopped after {TIMEOUT} s"
+            return f"stopped after {limit:g} s"
     return "" if code == 0 else f"exit code {code}, see {part}.log"
 
 
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder (default: bench-results)")
     parser.add_argument("--data", type=Path, default=os.environ.get("NICECP_DATA"), help="default: $NICECP_DATA")
     parser.add_argument("--parts", help="comma-separated (default: all)")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help=f"seconds for each part (default: {TIMEOUT})")
     parser.add_argument("--quick", action="store_true", help="does it work at all? nicecp alone")
     options = parser.parse_args()
     parts = commands(options.data, options.quick)
@@ -118,7 +119,7 @@ def main() -> None:
     for part in chosen:
         began = time.monotonic()
         print(f"{part} ... ", end="", flush=True)
-        problem = run(part, parts[part], options.out)
+        problem = run(part, parts[part], options.out, options.timeout)
         print(f"{problem or 'done'} ({time.monotonic() - began:.0f} s)", flush=True)
         failed += [part] if problem.startswith(("exit", "stopped")) else []
     print(f"{time.monotonic() - begin:.0f} s; results in {options.out}; python benchmarks/report.py {options.out}")
