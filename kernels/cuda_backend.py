@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nicecp.kernels.cuda_calls import (
     named,
 )
 from nicecp.kernels.cuda_device import check
+from nicecp.kernels.cuda_nccl import Nccl, SumOverRanks, connected
 from nicecp.kernels.cuda_source import SCALE_COLUMNS, THREADS
 
 
@@ -205,6 +207,20 @@ class CudaBackend(CudaBorders):
         check(np.float64, state=(state, (Slot.SIZE,)))
         what = Launch("advance_f64", (1,), (1,), (state,))
         self._do(Plain(what=what, written=(state,), read=(state,)))
+
+    # --- other ranks ------------------------------------------------------------------------------
+
+    def open_nccl(self, size: int, rank: int, share: Callable[[Callable[[], Any]], Any]) -> Nccl:
+        """The communicator of so many ranks, each of which calls this; see Nccl."""
+        with self._lock:
+            nccl = connected(Nccl(self.driver, size, rank, share), self.alloc, self.sum_over_ranks)
+            self.synchronize()
+            return nccl
+
+    def sum_over_ranks(self, nccl: Nccl, out: Array, x: Array) -> None:
+        """out = the sum over ranks of x : (size,), out itself or beside it; every rank calls it, in the same order."""
+        check(out.dtype, out=(out, (out.size,)), x=(x, (out.size,)))
+        self._do(SumOverRanks(out=out, x=x, nccl=nccl, lane=GRADIENTS))
 
     # --- random numbers ---------------------------------------------------------------------------
 

@@ -23,13 +23,14 @@ from nicecp.flow import NICE
 from nicecp.keeper import CHECKPOINT_EVERY, Keeper, Saving, files_of, older_kept
 from nicecp.kernels import Slot, with_precision
 from nicecp.locking import claim
-from nicecp.machine import open_backend, require_memory, versions
+from nicecp.machine import require_memory, versions
 from nicecp.memory import within
 from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
 from nicecp.presets import CHANGEABLE, Settings, check, check_names, contradiction, resolve
+from nicecp.rank_devices import open_for
 from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
@@ -130,7 +131,7 @@ class Run:
             settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
-            backend = open_backend(device, communicator.threads() if threads is None else threads)
+            backend = open_for(communicator, device, threads)
             settings, read_rows = within(memory_limit, settings, splits, backend.device)
             spec = settings.model_spec(source.n_features, n_context_of(source))
             needed = cost_of_run(settings, splits, backend.device).memory_bytes
@@ -216,7 +217,7 @@ class Run:
     ) -> Run:
         """What ``resume`` does once the files are its own."""
         state_file = state_path(out)
-        backend = open_backend(device, 1)  # until the run's own number of threads is known
+        backend = open_for(communicator, device, 1)  # until the run's own number of threads is known
         flow, record, state = load_state(state_file, backend=backend)
         settings = recorded_settings(record)
         if settings is None:
@@ -231,7 +232,7 @@ class Run:
         check(settings)
         as_before = record.versions.get("ranks", "1") == str(communicator.size)
         usual = record.threads if as_before else communicator.threads()
-        backend = open_backend(device, usual if threads is None else threads)
+        backend = open_for(communicator, device, usual if threads is None else threads)
         flow = NICE.from_spec(
             flow.spec, state.parameters, flow.preprocessing, flow.info, context=flow.context, backend=backend
         )

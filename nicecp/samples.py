@@ -16,10 +16,11 @@ from nicecp.errors import CheckpointError, OutputError, about_file
 from nicecp.files import write_bytes
 from nicecp.flow import CHUNK, NICE
 from nicecp.images import encode_png, grid
-from nicecp.machine import open_backend, require_memory
+from nicecp.machine import require_memory
 from nicecp.outputs import check_output
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
+from nicecp.rank_devices import open_for
 
 StrPath = str | os.PathLike[str]
 FORMATS = (".h5", ".hdf5", ".png")
@@ -69,7 +70,7 @@ def write_samples(
         raise ValueError(f"the number of samples must be at least 1, got {n}")
     communicator.from_first(lambda: check_output(out, overwrite, checkpoint, context))
     given = read_context(context) if isinstance(context, str) else context
-    backend = open_backend(device, communicator.threads() if threads is None else threads)
+    backend = open_for(communicator, device, threads)
     flow = load(checkpoint, backend=backend, precision=precision)
     if suffix == ".png":
         check_drawable(flow, checkpoint)

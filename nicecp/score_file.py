@@ -20,11 +20,11 @@ from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
-from nicecp.machine import open_backend
 from nicecp.memory import block_within
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presented import uniform_noise
+from nicecp.rank_devices import open_for
 from nicecp.scoring import as_recorded, open_matched
 from nicecp.sources import Source, as_they_are
 from nicecp.split import Split
@@ -163,8 +163,7 @@ def score_file(
 
     if os.path.splitext(os.fspath(out))[1].lower() not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
-    threads = communicator.threads() if threads is None else threads
-    flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
+    flow, record = load_run(checkpoint, backend=open_for(communicator, device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     source = open_matched(flow, as_recorded(data, record), "test")
     try:

@@ -18,11 +18,11 @@ from nicecp.errors import DataError, about_file
 from nicecp.evaluate import Evaluation, check_fits, evaluate
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
-from nicecp.machine import open_backend
 from nicecp.memory import scored_within
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presets import Settings
+from nicecp.rank_devices import open_for
 from nicecp.records import Event, RunRecord
 from nicecp.rows import matched
 from nicecp.split import Split
@@ -87,7 +87,7 @@ def score(
     """
     if part not in PARTS:
         raise ValueError(f"the part must be one of {', '.join(PARTS)}, got {part!r}")
-    backend = open_backend(device, communicator.threads() if threads is None else threads)
+    backend = open_for(communicator, device, threads)
     flow, record = load_run(checkpoint, backend=backend, precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
     split = choose_rows(flow, record, as_recorded(data, record), part)
