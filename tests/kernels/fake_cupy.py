@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests.kernels.fake_arrays import ARITHMETIC, FakeArray, Owner, span
-from tests.kernels.fake_order import Access, Clock, Order, Race, Span, meet, span_of
+from tests.kernels.fake_order import Access, Clock, Order, Span, meet, span_of
 
 ALIGNMENT = 512  # bytes
 NAMES = ("main", "copy", "side", "side 1")  # of a driver's streams, in the order in which it makes them
@@ -237,7 +237,7 @@ class FakeCupy:
 
     def __init__(self, memory: int = 2**40, allocate: Callable[..., Any] = aligned, schedule: int = 1) -> None:
         self.schedule, self.order, self.live = schedule, Order(), dict[int, tuple[int, int]]()
-        self._broke: Race | None = None  # when memory was given back, which raises nothing
+        self._freed: list[tuple[Span, Clock]] = []  # what was given back, and when
         self._allocated = 0
         self.calls: list[tuple[Any, ...]] = []
         self.streams: dict[int, Stream] = {}
@@ -296,22 +296,21 @@ class FakeCupy:
         return FakeArray(self, host, owner)
 
     def _given_back(self, whole: Span, stream: int) -> None:
-        """To the stream that allocated it, as CuPy's pool does."""
+        """To the stream that allocated it, as the pool does. Python may call this at any moment: it is only noted."""
         self.live.pop(whole[0], None)
-        try:
-            self.order.given_back(whole, stream)
-        except Race as race:
-            self._broke = race
+        self._freed.append((whole, self.order.recorded(stream)))
 
     def raise_what_broke(self) -> None:
-        broke, self._broke = self._broke, None
-        if broke is not None:
-            raise broke
+        """A Race, if memory was given back too early."""
+        while self._freed:
+            self.order.given_back(*self._freed.pop(0))
 
     def allocations(self, access: Access) -> set[int]:
         """Numbers of those that contain the memory; that of the host is none."""
         spans = access.reads | access.writes
-        return {number for start, (end, number) in self.live.items() if any(meet((start, end), one) for one in spans)}
+        return {
+            number for start, (end, number) in list(self.live.items()) if any(meet((start, end), one) for one in spans)
+        }
 
     def spans_of(self, arguments: Iterable[Any]) -> set[Span]:
         """Of the arrays among arguments."""

@@ -81,10 +81,8 @@ class Order:
     def host_waits(self, event: Clock) -> None:
         _join(self._host, event)
 
-    def given_back(self, span: Span, stream: int) -> None:
-        """Memory that ``stream`` had allocated."""
-        clock = dict(self.clock(stream))
-        _join(clock, self._host)
+    def given_back(self, span: Span, clock: Clock) -> None:
+        """Memory, and the clock of the stream that had allocated it."""
         self._check(clock, "what is allocated next", [span], writing=True)
         for key in [key for key in self._last if meet(key[0], span)]:
             del self._last[key]
