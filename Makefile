@@ -18,11 +18,10 @@ lint:
 type:
 	$(PYTHON) -m mypy
 
+# Results go to the folder OUT; DATA is a folder with mnist.h5 and cms_zmumu.h5, for the parts that need them.
+OUT ?= bench-results
+DATA ?= $(NICECP_DATA)
+
 bench:
-	$(PYTHON) benchmarks/train_cpu.py --case mnist
-	$(PYTHON) benchmarks/train_cpu.py --case small
-	$(PYTHON) benchmarks/latency.py
-	$(PYTHON) benchmarks/startup.py
-	$(PYTHON) benchmarks/depth.py
-	$(PYTHON) benchmarks/streaming.py
-	$(PYTHON) benchmarks/scaling.py check
+	$(PYTHON) benchmarks/suite.py --out $(OUT) $(if $(DATA),--data $(DATA))
+	$(PYTHON) benchmarks/report.py $(OUT) --out $(OUT)/benchmarks.md

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +32,7 @@ class Case:
     gate_steps: int
     couplings: int = 4
     dtype: str = "float32"
+    rate: float = RATE  # of Adam
     file: str = ""  # whose dataset train are the rows, instead of drawn ones
 
     @property
@@ -57,6 +58,12 @@ class Case:
         table = random.standard_normal((self.rows, self.features))
         table[:, 1:] += np.sin(2.0 * table[:, :-1])
         return np.ascontiguousarray((table - table.mean(0)) / table.std(0), dtype=self.dtype)
+
+    def held_out(self, epoch: int) -> NDArray[Any]:
+        """The rows of the file after those that are trained on, as the flow sees them in that epoch's validation."""
+        rest = replace(self, rows=2**31).data()[self.rows :]
+        noise = np.random.default_rng([SEED + 3, epoch]).random(rest.shape, np.float32)
+        return ((rest + noise) / 256.0).astype(self.dtype)
 
     def weights(self) -> Layers:
         """Initial weights; biases and log-scales are 0."""
@@ -111,4 +118,6 @@ class Case:
 CASES = {
     "mnist": Case("mnist", 784, (1000,) * 5, 200, 50_000, True, 0.01, chunk=5, gate_steps=4),
     "small": Case("small", 8, (64, 64), 256, 2**18, False, None, chunk=200, gate_steps=30),
+    # The preset demo's flow, for real MNIST (file), whose last 10,000 training images validate.
+    "digits": Case("digits", 784, (256,) * 3, 200, 50_000, True, None, chunk=250, gate_steps=4, rate=3e-3),
 }

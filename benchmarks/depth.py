@@ -1,7 +1,9 @@
 """Memory and time of a training step against depth and against batch, for every way of keeping activations.
 
-Memory: buffers of the step as the library counts them, and by how much the peak resident memory of a fresh process that
-takes steps lies above that of one that recomputes. Time: processes alternate, medians of the ratios round by round.
+Memory: buffers of the step as the library counts them, and by how much the peak resident memory of a fresh process
+grows from before the model is made until steps have been taken (parameters, gradients and moments among it). Time:
+processes alternate, medians of the ratios round by round. PyTorch, where it is installed: eager with fused Adam, and
+with torch.utils.checkpoint around every coupling, additive couplings only.
 Gradients: norm of the difference from those of stored activations, relative, in a flow whose networks' outputs are
 ``gain`` times as large as their inputs.
 """
@@ -9,7 +11,9 @@ Gradients: norm of the difference from those of stored activations, relative, in
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,9 +24,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+import itertools
+
 import numpy as np
 
-from benchmarks.machine import describe, peak_memory
+from benchmarks.machine import cpus, describe, peak_memory
+from benchmarks.records import Records
 from nicecp.flow import NICE
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Purpose
@@ -35,6 +42,7 @@ from nicecp.train import TrainConfig, Trainer
 
 FEATURES, HIDDEN = 256, (256, 256, 256)
 MIB = 2.0**20
+TORCH = {"torch": "PyTorch eager, fused Adam", "torch-checkpoint": "PyTorch, checkpointed couplings"}
 
 
 def spec_of(couplings: int, law: str = "additive", dtype: str = "float32") -> ModelSpec:
@@ -48,20 +56,61 @@ def trainer_of(couplings: int, batch: int, law: str, kind: str) -> Trainer:
     return Trainer(flow, split, None, TrainConfig(batch_size=batch, activations=kind))
 
 
+def torch_step(couplings: int, batch: int, kind: str) -> Any:
+    """A function that makes a step of the same flow in PyTorch."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    torch.set_num_threads(1)
+    half, nets = FEATURES // 2, []
+    for _ in range(couplings):
+        sizes = (half, *HIDDEN, half)
+        layers: list[Any] = []
+        for i, o in itertools.pairwise(sizes):
+            layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
+        nets.append(torch.nn.Sequential(*layers[:-1]))
+    model, scale = torch.nn.ModuleList(nets), torch.zeros(FEATURES, requires_grad=True)
+    optimizer = torch.optim.Adam([*model.parameters(), scale], lr=1e-3, betas=(0.9, 0.99), eps=1e-4, fused=True)
+    x = torch.randn(batch, FEATURES)
+
+    def step() -> None:
+        parts = [x[:, 0::2], x[:, 1::2]]
+        for k, net in enumerate(model):
+            y = parts[k % 2]
+            m = checkpoint(net, y, use_reentrant=False) if kind == "torch-checkpoint" else net(y)
+            parts[1 - k % 2] = parts[1 - k % 2] + m
+        h = torch.cat(parts, 1) * scale.exp()
+        loss = 0.5 * h.square().sum(1).mean() - scale.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def serve(couplings: int, batch: int, law: str, kind: str) -> None:
     """A process of its own: its memory, then seconds of so many steps for every number that it is given."""
+    if kind in TORCH:
+        torch_step(4, 8, kind)()
+        before = peak_memory()
+        answer(torch_step(couplings, batch, kind), before)
+        return
     trainer_of(4, 8, law, kind).step()  # compiled code, BLAS's buffers
     before = peak_memory()
     trainer = trainer_of(couplings, batch, law, kind)
     with trainer.backend.computing():
-        for _ in range(2):
-            trainer.step()
-        print((peak_memory() - before) / MIB, flush=True)
-        for line in sys.stdin:
-            began = time.perf_counter()
-            for _ in range(int(line)):
-                trainer.step()
-            print((time.perf_counter() - began) / int(line), flush=True)
+        answer(trainer.step, before)
+
+
+def answer(step: Any, before: int) -> None:
+    for _ in range(2):
+        step()
+    print((peak_memory() - before) / MIB, flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print((time.perf_counter() - began) / int(line), flush=True)
 
 
 class Worker:
@@ -85,29 +134,35 @@ class Worker:
         self.process.wait()
 
 
-def measure(couplings: int, batch: int, law: str, rounds: int) -> dict[str, Any]:
+def measure(couplings: int, batch: int, law: str, rounds: int, records: Records) -> None:
     """One row of the table: every kind's buffers, grown memory, and time with its ratio to "store"."""
-    workers = {kind: Worker(couplings, batch, law, kind) for kind in ACTIVATIONS}
+    kinds = [*ACTIVATIONS]
+    if law == "additive" and importlib.util.find_spec("torch") is not None:
+        kinds += TORCH
+    workers = {kind: Worker(couplings, batch, law, kind) for kind in kinds}
     try:
-        pace = workers["store"].time(2)
-        steps = max(1, round(0.3 / pace))
-        seconds: dict[str, list[float]] = {kind: [] for kind in ACTIVATIONS}
+        steps = max(1, round(0.3 / workers["store"].time(2)))
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(rounds):
-            for i in range(len(ACTIVATIONS)):
-                kind = ACTIVATIONS[(turn + i) % len(ACTIVATIONS)]
+            for i in range(len(kinds)):
+                kind = kinds[(turn + i) % len(kinds)]
                 seconds[kind].append(workers[kind].time(steps))
     finally:
         for worker in workers.values():
             worker.close()
-    row: dict[str, Any] = {"couplings": couplings, "batch": batch, "law": law}
+    group, cells = f"{couplings} couplings, batch {batch}", []
     for kind, worker in workers.items():
-        row[kind] = {
-            "buffers": workspace_bytes(spec_of(couplings, law), batch, True, kind) / MIB,
-            "beyond": worker.memory - workers["recompute"].memory,
-            "ms": 1e3 * median(seconds[kind]),
-            "ratio": median(a / b for a, b in zip(seconds[kind], seconds["store"], strict=True)),
-        }
-    return row
+        who = TORCH.get(kind, f"nicecp, {kind}")
+        records.values(group, who, "ms a step", [1e3 * value for value in seconds[kind]], base=kind == "store")
+        cell = f"{who}: grows by {worker.memory:.1f} MiB"
+        if kind not in TORCH:
+            buffers = workspace_bytes(spec_of(couplings, law), batch, True, kind) / MIB
+            records.values(group, who, "buffers of a step, MiB", [buffers])
+            cell += f", buffers {buffers:.1f} MiB"
+        records.values(group, who, "resident memory grows by, MiB", [worker.memory])
+        ratio = median(a / b for a, b in zip(seconds[kind], seconds["store"], strict=True))
+        cells.append(f"  {cell}, {1e3 * median(seconds[kind]):.1f} ms, {ratio:.2f} times store")
+    print("\n".join([group, *cells]), flush=True)
 
 
 def gradient_error(couplings: int, gain: float, law: str, dtype: str) -> tuple[float, float]:
@@ -147,30 +202,25 @@ def main() -> None:
         serve(*json.loads(options.serve))
         return
     print(describe())
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus()[:1])
+    records = Records(options.json, "depth")
     rows = [(couplings, options.batch) for couplings in options.couplings]
     rows += [(options.couplings[-1], batch) for batch in (50, 800)]
     if options.quick:
         rows = [(2, 20), (6, 20)]
-    print(f"D = {FEATURES}, hidden {HIDDEN}, float32, {options.law}, one thread; MiB of buffers (resident beyond)")
-    results = []
+    print(f"D = {FEATURES}, hidden {HIDDEN}, float32, {options.law}, one thread")
     for couplings, batch in rows:
-        row = measure(couplings, batch, options.law, 2 if options.quick else options.rounds)
-        results.append(row)
-        cells = [
-            f"{kind} {cell['buffers']:.1f} ({cell['beyond']:.1f}) {cell['ms']:.1f} ms {cell['ratio']:.2f}"
-            for kind, cell in row.items()
-            if isinstance(cell, dict)
-        ]
-        print(f"{couplings} couplings, batch {batch}: " + "; ".join(cells), flush=True)
-    errors = []
+        measure(couplings, batch, options.law, 2 if options.quick else options.rounds, records)
     for dtype in ("float32", "float64"):
         for couplings in (4, 16, 64):
             for gain in (0.5, 1.0) if options.quick else (0.3, 0.5, 0.7, 1.0):
-                errors.append((dtype, couplings, gain, *gradient_error(couplings, gain, options.law, dtype)))
-                print("{} {} couplings, gain {}: inputs {:.1e}, gradients {:.1e}".format(*errors[-1]))
-    if options.json:
-        document = {"machine": describe(), "rows": results, "errors": errors}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+                inputs, gradients = gradient_error(couplings, gain, options.law, dtype)
+                who = f"{couplings} couplings, gain {gain}"
+                group = f"what recompute loses, {dtype}"
+                print(f"{dtype} {who}: inputs {inputs:.1e}, gradients {gradients:.1e}")
+                records.values(group, who, "of the inputs, relative", [inputs])
+                records.values(group, who, "of the gradients, relative", [gradients])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cases import BETA1, BETA2, EPSILON, RATE, SEED, Case
+from benchmarks.cases import BETA1, BETA2, EPSILON, SEED, Case
 from benchmarks.machine import versions
 from benchmarks.peers import Jax, Torch, batch_indices
 
@@ -59,7 +59,12 @@ class GpuTorch(Torch):
         flow = Flow()
         self.loss = torch.compile(flow, mode="max-autotune") if self.mode == "compile" else flow
         self.optimizer = torch.optim.Adam(
-            flow.parameters(), lr=RATE, betas=(BETA1, BETA2), eps=EPSILON, fused=True, capturable=self.mode == "graph"
+            flow.parameters(),
+            lr=self.case.rate,
+            betas=(BETA1, BETA2),
+            eps=EPSILON,
+            fused=True,
+            capturable=self.mode == "graph",
         )
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # on the device, so that a graph can count
 

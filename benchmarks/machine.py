@@ -32,6 +32,14 @@ def cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def memory_gib() -> float:
+    """Of the machine; NaN where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return float("nan")
+
+
 def peak_memory() -> int:
     """Peak resident memory of this process, bytes.
 
@@ -60,6 +68,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cpus": len(cpus()),
+        "memory_gib": memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load": [round(load, 2) for load in os.getloadavg()],

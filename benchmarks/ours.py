@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nicecp
-from benchmarks.cases import BETA1, BETA2, EPSILON, RATE, SEED, Case
+from benchmarks.cases import BETA1, BETA2, EPSILON, SEED, Case
 from benchmarks.machine import versions
+from benchmarks.peers import pieces
 from nicecp.kernels.backend import Purpose, Slot
 from nicecp.optimizers import AdaM
 from nicecp.preprocessing import Dequantize, Standardize
@@ -37,7 +39,7 @@ def make_trainer(case: Case, device: str, threads: int, precision: str = "full")
             named[f"couplings/{k}/layers/{j}/bias"] = bias
     flow.set_parameters(named)
     split = Split.contiguous(ArraySource(data), 0, len(data), Purpose.TRAIN_NOISE)
-    optimizer = AdaM(rate=RATE, momentum=BETA1, beta2=1.0 - BETA2, epsilon=EPSILON)
+    optimizer = AdaM(rate=case.rate, momentum=BETA1, beta2=1.0 - BETA2, epsilon=EPSILON)
     return Trainer(flow, split, None, TrainConfig(batch_size=case.batch, optimizer=optimizer, seed=SEED))
 
 
@@ -47,6 +49,7 @@ class Ours:
     def __init__(self, case: Case, threads: int) -> None:
         self.case, self.threads = case, threads
         self.trainer = make_trainer(case, "cpu", threads)
+        self._passes: dict[int, Any] = {}  # by number of rows: a workspace and the recorded pass
 
     def first_steps(self, steps: int) -> dict[str, Any]:
         """The first steps of all: losses, and the rows, seed and epoch that others need to repeat them."""
@@ -58,6 +61,24 @@ class Ours:
                 losses.append(float(self.trainer.state[Slot.LOSS]))
         rows = window.rows[: steps * self.case.batch]
         return {"losses": losses, "rows": rows.tolist(), "seed": SEED, "epoch": 1}
+
+    def shuffle(self, epoch: int) -> None:
+        """Every epoch has its own order."""
+
+    def valid(self, x: NDArray[Any]) -> float:
+        """Mean log-density of rows as the flow sees them: by the flow that is being trained."""
+        total, backend = 0.0, self.trainer.backend
+        for part in pieces(x):
+            if len(part) not in self._passes:
+                ws = self.trainer.network.workspace(len(part), keep=False)
+                forward = partial(self.trainer.network.forward, ws, self.trainer.views)
+                self._passes[len(part)] = ws, backend.record(forward)
+            ws, run = self._passes[len(part)]
+            ws.x[0][...], ws.x[1][...] = part[:, 0::2], part[:, 1::2]
+            with backend.computing():
+                run()
+            total += float(ws.logp.sum())
+        return total / len(x)
 
     def gate(self, batches: Sequence[NDArray[Any]]) -> list[float]:
         raise RuntimeError("nicecp's own first steps are what the others are checked against")

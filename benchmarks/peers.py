@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cases import BETA1, BETA2, EPSILON, RATE, SEED, Case
+from benchmarks.cases import BETA1, BETA2, EPSILON, SEED, Case
 from benchmarks.machine import versions
 
 
@@ -24,10 +24,15 @@ class Contestant(Protocol):
     def about(self) -> dict[str, Any]: ...
 
 
-def batch_indices(case: Case) -> NDArray[np.int64]:
-    """(batches, batch): the rows of an epoch, shuffled once."""
-    order = np.random.default_rng(SEED + 2).permutation(case.rows)
+def batch_indices(case: Case, epoch: int = 0) -> NDArray[np.int64]:
+    """(batches, batch): the rows of an epoch, shuffled."""
+    order = np.random.default_rng([SEED + 2, epoch]).permutation(case.rows)
     return order[: case.rows // case.batch * case.batch].reshape(-1, case.batch)
+
+
+def pieces(x: NDArray[Any], rows: int = 2000) -> list[NDArray[Any]]:
+    """Rows so many at a time."""
+    return [x[start : start + rows] for start in range(0, len(x), rows)]
 
 
 class Products:
@@ -81,13 +86,16 @@ class Torch:
         torch.manual_seed(SEED)
         self.torch, self.case = torch, case
         self.dtype = getattr(torch, case.dtype)
-        data = case.data()
-        self.data = [torch.from_numpy(np.ascontiguousarray(data[:, part::2])) for part in (0, 1)]
+        self.data = self.tensors(case.data())
         self.index = torch.from_numpy(batch_indices(case))
         compiled_loss = torch.compile(self._loss) if compiled else self._loss
         self.loss = lambda x0, x1: compiled_loss(x0, x1, self.layers, self.scale)
         self.at = 0
         self.reset()
+
+    def tensors(self, x: NDArray[Any]) -> list[Any]:
+        """x : (n, d) -> what a loss takes: the two halves."""
+        return [self.torch.from_numpy(np.ascontiguousarray(x[:, part::2])) for part in (0, 1)]
 
     def reset(self) -> None:
         torch = self.torch
@@ -96,8 +104,11 @@ class Torch:
             for layers in self.case.weights()
         ]
         self.scale = [torch.zeros(size, dtype=self.dtype, requires_grad=True) for size in self.case.parts]
-        parameters = [tensor for layers in self.layers for pair in layers for tensor in pair] + self.scale
-        self.optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(BETA1, BETA2), eps=EPSILON, fused=True)
+        self._optimize([tensor for layers in self.layers for pair in layers for tensor in pair] + self.scale)
+
+    def _optimize(self, parameters: list[Any]) -> None:
+        adam = self.torch.optim.Adam
+        self.optimizer = adam(parameters, lr=self.case.rate, betas=(BETA1, BETA2), eps=EPSILON, fused=True)
 
     def _loss(self, x0: Any, x1: Any, couplings: Any, scales: Any) -> Any:
         torch, parts = self.torch, [x0, x1]
@@ -113,9 +124,9 @@ class Torch:
             log_prob = log_prob - (h + 2.0 * torch.nn.functional.softplus(-h)).sum(1).mean() + scale.sum()
         return -log_prob
 
-    def _train_on(self, x0: Any, x1: Any) -> Any:
+    def _train_on(self, *parts: Any) -> Any:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(x0, x1)
+        loss = self.loss(*parts)
         loss.backward()
         self.optimizer.step()
         return loss
@@ -132,10 +143,18 @@ class Torch:
     def gate(self, batches: Sequence[NDArray[Any]]) -> list[float]:
         losses = []
         for x in batches:
-            halves = [self.torch.from_numpy(np.ascontiguousarray(x[:, part::2])) for part in (0, 1)]
-            losses.append(float(self._train_on(*halves).detach()))
+            losses.append(float(self._train_on(*self.tensors(x)).detach()))
         self.reset()
         return losses
+
+    def shuffle(self, epoch: int) -> None:
+        """The rows in another order, from their beginning."""
+        self.index, self.at = self.torch.from_numpy(batch_indices(self.case, epoch)), 0
+
+    def valid(self, x: NDArray[Any]) -> float:
+        """Mean log-density of rows as the flow sees them."""
+        with self.torch.no_grad():
+            return -sum(float(self.loss(*self.tensors(part))) * len(part) for part in pieces(x)) / len(x)
 
     def run(self, steps: int) -> float:
         start = perf_counter()
@@ -148,6 +167,31 @@ class Torch:
 
     def about(self) -> dict[str, Any]:
         return {"threads": self.torch.get_num_threads(), **versions("torch")}
+
+
+class TorchLibrary(Torch):
+    """The same flow in a library on PyTorch (benchmarks/libraries.py), eager, with the same optimiser."""
+
+    def __init__(self, case: Case, threads: int, library: str) -> None:
+        self.library = library
+        super().__init__(case, threads, compiled=False)
+
+    def tensors(self, x: NDArray[Any]) -> list[Any]:
+        from benchmarks.libraries import columns
+
+        return [self.torch.from_numpy(columns(self.library, x))]
+
+    def reset(self) -> None:
+        from benchmarks.libraries import build
+
+        self.model = build(self.library, self.case)
+        self._optimize(list(self.model.parameters()))
+
+    def _loss(self, x: Any) -> Any:  # type: ignore[override]
+        return -self.model.log_prob(x).mean()
+
+    def about(self) -> dict[str, Any]:
+        return {**super().about(), **versions(self.library)}
 
 
 class Jax:
@@ -167,6 +211,7 @@ class Jax:
         data = case.data()
         self.data = [jax.numpy.asarray(np.ascontiguousarray(data[:, part::2])) for part in (0, 1)]
         self.index = jax.numpy.asarray(batch_indices(case).astype(np.int32))
+        self._score = jax.jit(self._loss)
         self._given = jax.jit(self._train_on, donate_argnums=0)
         self._one = jax.jit(self._step, donate_argnums=0)
         self._many = jax.jit(self._steps, static_argnums=3, donate_argnums=0)
@@ -205,7 +250,7 @@ class Jax:
         time = (t + 1).astype(self.case.dtype)
         m = tree.map(lambda m, g: BETA1 * m + (1.0 - BETA1) * g, m, g)
         v = tree.map(lambda v, g: BETA2 * v + (1.0 - BETA2) * g * g, v, g)
-        rate, root = RATE / (1.0 - BETA1**time), np_.sqrt(1.0 / (1.0 - BETA2**time))
+        rate, root = self.case.rate / (1.0 - BETA1**time), np_.sqrt(1.0 / (1.0 - BETA2**time))
         p = tree.map(lambda p, m, v: p - rate * m / (np_.sqrt(v) * root + EPSILON), p, m, v)
         return (p, m, v, t + 1, key), loss
 
@@ -229,6 +274,16 @@ class Jax:
             state, loss = self._given(state, x[:, 0::2], x[:, 1::2])
             losses.append(float(loss))
         return losses
+
+    def shuffle(self, epoch: int) -> None:
+        """The rows in another order, from their beginning: an epoch is a whole number of rounds through the index."""
+        self.index = self.jax.numpy.asarray(batch_indices(self.case, epoch).astype(np.int32))
+
+    def valid(self, x: NDArray[Any]) -> float:
+        """Mean log-density of rows as the flow sees them."""
+        parts = [(part[:, 0::2], part[:, 1::2]) for part in pieces(x)]
+        total = sum(float(self._score(self.state[0], *halves)) * len(halves[0]) for halves in parts)
+        return -total / len(x)
 
     def run(self, steps: int) -> float:
         start = perf_counter()

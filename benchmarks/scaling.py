@@ -24,10 +24,11 @@ sys.path[0] = str(ROOT)
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.records import Records
 from nicecp.flow import NICE
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Purpose
-from nicecp.parallel import ALONE, Communicator, Mpi
+from nicecp.parallel import ALONE, Communicator, Mpi, launched
 from nicecp.params import Layout
 from nicecp.plan import flops_of
 from nicecp.preprocessing import Dequantize, Standardize
@@ -183,55 +184,100 @@ def shown(machine: Machine) -> str:
     )
 
 
-def check() -> None:
+def check(records: Records, quick: bool = False) -> None:
+    """Steps of one rank: the formula by constants that were measured just before, three times each."""
     print(describe())
     for name, batches in (("mnist", (10, 50, 200, 800)), ("table", (64, 256, 1024))):
-        for batch in batches:
+        for batch in batches[:1] if quick else batches:
             trainer, found = trainer_of(MODELS[name][0], batch), []
-            for _ in range(3):  # a shared machine's speed changes within seconds
+            for _ in range(1 if quick else 3):  # a shared machine's speed changes within seconds
                 before = measure_machine()
                 found.append((step_seconds(trainer, 1.0), cost(MODELS[name][0], batch, 1, before).step, before))
-            measured, predicted, machine = sorted(found, key=lambda each: each[0] / each[1])[1]
-            print(
-                f"{name}, batch {batch}: measured {1e3 * measured:.3g} ms, formula {1e3 * predicted:.3g} ms, "
-                f"ratio {measured / predicted:.2f}  ({shown(machine)})",
-                flush=True,
-            )
+            measured, predicted, machine = sorted(found, key=lambda each: each[0] / each[1])[len(found) // 2]
+            against(records, "a step of one rank, one thread", f"{name}, batch {batch}", measured, predicted)
+            print(f"  ({shown(machine)})", flush=True)
 
 
-def ranks() -> None:
+def against(records: Records, group: str, who: str, measured: float, predicted: float) -> None:
+    """A line of the table of what was measured and what the formula says."""
+    print(f"{group}, {who}: measured {1e3 * measured:.3g} ms, formula {1e3 * predicted:.3g} ms, "
+          f"ratio {measured / predicted:.2f}", flush=True)  # fmt: skip
+    records.values(group, who, "measured, ms", [1e3 * measured])
+    records.values(group, who, "formula, ms", [1e3 * predicted])
+    records.values(group, who, "measured / formula", [measured / predicted])
+
+
+SIZES = tuple(8 * 4**k for k in range(12))  # bytes, 8 to 32 MiB
+
+
+def sums_by_size(communicator: Communicator) -> dict[int, float]:
+    """Seconds of a sum over ranks, the median of some; every rank begins each at about the same time."""
+    found = {}
+    for size in SIZES:
+        array, taken, small = np.ones(size // 8), [], np.zeros(1)
+        for _ in range(30 if size < 2**20 else 8):
+            communicator.sum(small)
+            began = time.perf_counter()
+            communicator.sum(array)
+            taken.append(time.perf_counter() - began)
+        found[size] = median(taken)
+    return found
+
+
+def ranks(records: Records, quick: bool = False) -> None:
+    """Under mpirun, one thread a rank: sums by size, steps by one rank and by all, in turn, beside the formula."""
     from mpi4py import MPI
 
-    communicator = Mpi(MPI.COMM_WORLD)
-    say = print if communicator.rank == 0 else lambda *a, **k: None
-    say(describe(), communicator.describe())
-    small, large = np.ones(2), np.ones(2**22)
-
-    def one(array: Any) -> float:
-        MPI.COMM_WORLD.Barrier()
-        return timed(lambda: communicator.sum(array), 0.0)
-
-    latency, whole = min(one(small) for _ in range(40)), min(one(large) for _ in range(5))
-    size = communicator.size
-    hops = ceil(log2(size))
-    network = 2 * large.nbytes * (size - 1) / size / whole
-    say(f"a sum of 16 bytes {1e6 * latency:.1f} us, of 32 MiB {1e3 * whole:.1f} ms: {network / 1e9:.2f} GB/s each way")
-    machine = replace(measure_machine(), latency=latency / hops, network=network)
-    MPI.COMM_WORLD.Barrier()
-    say(f"each rank: {shown(machine)}")
+    world = Mpi(MPI.COMM_WORLD)
+    say: Any = print if world.rank == 0 else lambda *a, **k: None
+    log = records if world.rank == 0 else Records(None, "")
+    say(describe(), world.describe())
+    sums, size = sums_by_size(world), world.size
+    # Latency from the shortest, bandwidth from the longest message; what lies between checks the formula.
+    latency = sums[SIZES[0]] / ceil(log2(size))
+    network = 2 * SIZES[-1] * (size - 1) / size / sums[SIZES[-1]]
+    say(f"latency {1e6 * latency:.1f} us, {network / 1e9:.2f} GB/s each way")
+    blank = replace(CPU, latency=latency, network=network)
+    for length, seconds in sums.items():
+        group = f"a sum over {size} ranks on one machine, {world.describe().partition(', ')[2]}"
+        against(log, group, f"{length:,} bytes", seconds, all_reduce(length, size, blank)) if world.rank == 0 else None
+    machine = replace(together(measure_machine(), world), latency=latency, network=network)
+    say(f"each rank, all at work: {shown(machine)}")
     for name, batches in (("mnist", (200, 800)), ("table", (256, 4096))):
-        for batch in batches:
-            spec = MODELS[name][0]
-            measured = step_seconds(trainer_of(spec, batch, communicator))
-            alone = step_seconds(trainer_of(spec, batch)) if communicator.rank == 0 else 0.0
-            MPI.COMM_WORLD.Barrier()
+        for batch in batches[:1] if quick else batches:
+            spec, alone, all_of = MODELS[name][0], [], []
+            shared = trainer_of(spec, batch, world)
+            single = trainer_of(spec, batch) if world.rank == 0 else None
+            for _ in range(1 if quick else 3):
+                alone.append(step_seconds(single, 1.0) if single is not None else 0.0)
+                sleeping_barrier(MPI.COMM_WORLD)
+                all_of.append(step_seconds(shared, 1.0))
+                sleeping_barrier(MPI.COMM_WORLD)
             predicted = cost(spec, batch, size, machine)
-            say(
-                f"{name}, batch {batch}: {size} ranks {1e3 * measured:.3g} ms, formula {1e3 * predicted.step:.3g} ms "
-                f"(compute {1e3 * predicted.compute:.3g}, sums {1e3 * predicted.sums:.3g}, of these exposed "
-                f"{1e3 * predicted.exposed:.3g}); one rank {1e3 * alone:.3g} ms, speed-up {alone / measured:.2f}",
-                flush=True,
-            )
+            say(f"  compute {1e3 * predicted.compute:.3g} ms, sums {1e3 * predicted.sums:.3g}, "
+                f"of these exposed {1e3 * predicted.exposed:.3g}")  # fmt: skip
+            if world.rank == 0:
+                group = f"a step of {size} ranks, one thread each"
+                against(log, group, f"{name}, batch {batch}", median(all_of), predicted.step)
+                log.values(group, f"{name}, batch {batch}", "one rank, ms", [1e3 * value for value in alone])
+                speed = [a / b for a, b in zip(alone, all_of, strict=True)]
+                log.values(group, f"{name}, batch {batch}", "speed-up", speed)
+                say(f"  one rank {1e3 * median(alone):.3g} ms, speed-up {median(speed):.2f}", flush=True)
+
+
+def sleeping_barrier(communicator: Any) -> None:
+    """A rank that waits leaves its core to the others; MPI's own barrier keeps it busy."""
+    request = communicator.Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)
+
+
+def together(machine: Machine, communicator: Communicator) -> Machine:
+    """The mean over ranks of what each has measured while the others did."""
+    names = ("flops", "weights", "memory", "unit", "feature", "call")
+    found = np.array([getattr(machine, name) for name in names])
+    communicator.sum(found)
+    return replace(machine, **dict(zip(names, found / communicator.size, strict=True)))
 
 
 # Data sheets and usual numbers, not measured here: a GPU of 50 TFLOP/s in float32 and 2.5 TB/s as such kernels reach
@@ -243,7 +289,7 @@ CPU = Machine(150e9, 8e9, 12e9, 2e-10, 1e-8, 1e-7, 1e-6, 3e9)
 CPU_NODES = replace(CPU, latency=3e-6, network=25e9 / 64)
 
 
-def predict() -> None:
+def predict(records: Records, quick: bool = False) -> None:
     kinds: tuple[tuple[str, Machine, Machine, int, tuple[int, ...]], ...] = (
         ("GPUs", GPU, GPU_NODES, 8, (1, 2, 4, 8, 16, 32, 64)),
         ("CPU ranks", CPU, CPU_NODES, 64, (1, 2, 4, 16, 64, 256, 1000)),
@@ -263,13 +309,21 @@ def predict() -> None:
                     rate = rows / one.step
                     first = first or rate
                     share = (one.exchange + one.exposed) / one.compute
+                    group = f"predicted, {kind}, {name}, {total}"
+                    records.values(group, str(count), "ms a step", [1e3 * one.step])
+                    records.values(group, str(count), "communication / compute", [share])
                     print(f"  {count:5} {1e3 * one.step:10.4g} {rate:12.4g} {rate / first / count:6.1%} {share:8.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "ranks", "predict"])
-    {"check": check, "ranks": ranks, "predict": predict}[parser.parse_args().what]()
+    parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
+    parser.add_argument("--quick", action="store_true", help="does it work at all?")
+    options = parser.parse_args()
+    first = launched()[1] == 0  # the other ranks have nothing to write
+    records = Records(options.json if first else None, "scaling")
+    {"check": check, "ranks": ranks, "predict": predict}[options.what](records, options.quick)
 
 
 if __name__ == "__main__":

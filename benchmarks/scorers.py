@@ -1,8 +1,8 @@
-"""Who scores rows: log-densities of one small flow by nicecp, JAX, PyTorch and NumPy, each in a process of its own.
+"""Who scores and draws rows: one small flow by nicecp, JAX, PyTorch and libraries on it, each in a process of its own.
 
-A contestant has ``score(x)``, x : (n, d) -> log-densities (n,), and ``caller(x)``, a function without arguments that is
-timed: it finds x where the contestant likes to have it and returns when the numbers are there. Started by latency.py
-with a name and a case; reads JSON commands, answers each.
+A contestant has ``score(x)``, x : (n, d) -> log-densities (n,), ``draw(n)`` -> (n, d) samples, and ``caller(x)`` and
+``drawer(n)``, functions without arguments that are timed: they find x where the contestant likes to have it and return
+when the numbers are there. Started by latency.py with a name and a case; reads JSON commands, answers each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -28,10 +29,18 @@ NAMES = {
     "nicecp": "nicecp, log_prob",
     "jax": "JAX jit",
     "torch-trace": "PyTorch torch.jit.trace",
+    "torch-compile": "PyTorch torch.compile",
     "torch": "PyTorch eager",
+    "nflows": "nflows",
+    "normflows": "normflows",
+    "zuko": "zuko",
     "numpy": "NumPy",
 }
-NEEDS = {"jax": "jax", "torch": "torch", "torch-trace": "torch"}
+NEEDS = {
+    "jax": "jax", "torch": "torch", "torch-trace": "torch", "torch-compile": "torch", "nflows": "nflows",
+    "normflows": "normflows", "zuko": "zuko",
+}  # fmt: skip
+DRAW = ("nicecp", "jax", "torch", "nflows", "normflows", "zuko", "numpy")
 ONE_ROW = ("inside", "point")  # score one row at a time
 
 Call = Callable[[], Any]
@@ -47,6 +56,19 @@ def log_prob(case: Case, library: Any, softplus: Any, weights: Any, x: Any) -> A
         weight, bias = layers[-1]
         parts[1 - k % 2] = parts[1 - k % 2] + (y @ weight + bias)
     return -sum((h + 2.0 * softplus(-h)).sum(1) for h in parts)
+
+
+def rows_of(case: Case, library: Any, weights: Any, u: Any, empty: Any) -> Any:
+    """u : (n, d) uniform -> (n, d) samples: the prior's quantiles, and the couplings backwards; empty(a): to fill."""
+    h = library.log(u) - library.log1p(-u)
+    parts = [h[:, 0::2], h[:, 1::2]]
+    for k in reversed(range(len(weights))):
+        y = parts[k % 2]
+        for weight, bias in weights[k][:-1]:
+            y = library.relu(y @ weight + bias) if hasattr(library, "relu") else library.maximum(y @ weight + bias, 0)
+        weight, bias = weights[k][-1]
+        parts[1 - k % 2] = parts[1 - k % 2] - (y @ weight + bias)
+    return empty(parts)
 
 
 class Nicecp:
@@ -84,6 +106,13 @@ class Nicecp:
         if self.way == "nicecp":
             return self.flow.log_prob(x)
         return [self.point(row) if self.way == "point" else self.loop(row[None]) for row in x.astype("float64")]
+
+    def draw(self, n: int) -> Any:
+        return self.flow.sample(n, rng=3)
+
+    def drawer(self, n: int) -> Call:
+        flow = self.flow
+        return lambda: flow.sample(n)
 
     def caller(self, x: Any) -> Call:
         if self.way == "nicecp":
@@ -123,15 +152,24 @@ class Peer:
     """Something that scores batches in one call."""
 
     score: Callable[[Any], Any]
+    draw: Callable[[int], Any]
     packages: tuple[str, ...]
 
     def caller(self, x: Any) -> Call: ...  # type: ignore[empty-body]
+
+    def drawer(self, n: int) -> Call:
+        return lambda: self.draw(n)
 
     def seconds(self, x: Any, calls: int) -> float:
         return timed(self.caller(x), calls)
 
     def about(self) -> dict[str, Any]:
         return versions(*self.packages)
+
+
+def interleaved(library: Any) -> Callable[[Any], Any]:
+    """(n, d) of two halves."""
+    return lambda parts: library.stack(parts, 2).reshape(len(parts[0]), -1)
 
 
 class Numpy(Peer):
@@ -142,6 +180,10 @@ class Numpy(Peer):
 
         weights = case.weights()
         self.score = lambda x: log_prob(case, np, lambda a: np.logaddexp(a, 0), weights, x)
+        random, size = np.random.default_rng(SEED), case.features
+        self.draw = lambda n: rows_of(
+            case, np, weights, 1.0 - random.random((n, size), case.dtype), interleaved(np)
+        )  # fmt: skip
 
     def caller(self, x: Any) -> Call:
         return lambda: self.score(x)
@@ -161,6 +203,20 @@ class Jax(Peer):
         weights = jax.tree.map(jax.numpy.asarray, case.weights())  # frozen into the compiled function
         self.put = jax.numpy.asarray
         self.score = jax.jit(lambda x: log_prob(case, jax.numpy, jax.nn.softplus, weights, x))
+        jax.config.update("jax_default_prng_impl", "rbg")
+        self.key, smallest = jax.random.key(SEED), 1e-7
+
+        @partial(jax.jit, static_argnums=1)
+        def draw(key: Any, n: int) -> Any:
+            key, mine = jax.random.split(key)
+            u = jax.random.uniform(mine, (n, case.features), case.dtype, smallest, 1.0)
+            return key, rows_of(case, jax.numpy, weights, u, interleaved(jax.numpy))
+
+        self.draw_with = draw
+
+    def draw(self, n: int) -> Any:
+        self.key, x = self.draw_with(self.key, n)
+        return x.block_until_ready()
 
     def caller(self, x: Any) -> Call:
         resident = self.put(x)
@@ -170,7 +226,7 @@ class Jax(Peer):
 class Torch(Peer):
     packages = ("torch",)
 
-    def __init__(self, case: Case, traced: bool) -> None:
+    def __init__(self, case: Case, way: str) -> None:
         import torch
 
         torch.set_num_threads(1)
@@ -181,16 +237,36 @@ class Torch(Peer):
         def score(x: Any) -> Any:
             return log_prob(case, torch, torch.nn.functional.softplus, weights, x)
 
-        self.put, self.traced, self.trace = torch.from_numpy, traced, torch.jit.trace
-        self.plain = score
-        self.score = lambda x: score(torch.from_numpy(x)).numpy()
+        self.torch, self.put, self.way, self.plain = torch, torch.from_numpy, way, score
+        self.score = lambda x: self.plain(self.put(x)).numpy()
+        stack, dtype = interleaved(torch), getattr(torch, case.dtype)
+        self.draw = lambda n: rows_of(
+            case, torch, weights, torch.rand(n, case.features, dtype=dtype).clamp(min=1e-7), stack
+        )  # fmt: skip
 
     def caller(self, x: Any) -> Call:
-        resident = self.put(x)
-        function = self.trace(self.plain, (resident,)) if self.traced else self.plain
+        resident, function = self.put(x), self.plain
+        if self.way == "torch-trace":
+            function = self.torch.jit.trace(self.plain, (resident,))
+        elif self.way == "torch-compile":
+            self.torch.compiler.reset()
+            function = self.torch.compile(self.plain, dynamic=False)
         for _ in range(20):  # a trace is optimised in its first calls
             function(resident)
         return lambda: function(resident)
+
+
+class Library(Torch):
+    """A library on PyTorch (benchmarks/libraries.py)."""
+
+    def __init__(self, case: Case, way: str) -> None:
+        super().__init__(case, way)
+        from benchmarks.libraries import build, columns
+
+        self.packages = ("torch", way)
+        model = build(way, case)
+        self.put = lambda x: self.torch.from_numpy(columns(way, x))
+        self.plain, self.draw = model.log_prob, model.sample
 
 
 def make(name: str, case: Case) -> Any:
@@ -199,7 +275,9 @@ def make(name: str, case: Case) -> Any:
         return Nicecp(case, name)
     if name == "numpy":
         return Numpy(case)
-    return Jax(case) if name == "jax" else Torch(case, traced=name == "torch-trace")
+    if name == "jax":
+        return Jax(case)
+    return Torch(case, name) if name.startswith("torch") else Library(case, name)
 
 
 def main() -> None:
@@ -221,6 +299,10 @@ def main() -> None:
             found: Any = np.asarray(contestant.score(x), np.float64).tolist()
         elif what == "time":
             found = contestant.seconds(np.ascontiguousarray(x), command["calls"])
+        elif what == "time_drawing":
+            found = timed(contestant.drawer(command["rows"]), command["calls"])
+        elif what == "draw":
+            found = np.asarray(contestant.draw(command["rows"])).tolist()
         else:
             found = contestant.about()
         print(json.dumps(found), file=answers, flush=True)

@@ -1,13 +1,14 @@
-"""How long a user waits: `import nicecp`, `nicecp --help`, and the first step of `nicecp train --data demo`.
+"""How long a user waits: imports, `nicecp --help`, the first step of training, the first log-density; and disk space.
 
 The first step is timed twice from the start of the process: with an empty Numba cache (everything is compiled) and with
-the cache that such a run left. Every number is the median of fresh processes.
+the cache that such a run left. The first log-density is that of one row of the small flow of latency.py, from the start
+of the process. Every number is the median of fresh processes; who goes first changes from round to round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,20 +16,38 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.machine import describe
+from benchmarks.records import Records
+from benchmarks.scorers import NAMES, NEEDS
 
+PEERS = {
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "nflows": "nflows",
+    "normflows": "normflows",
+    "zuko": "zuko",
+    "sklearn": "scikit-learn",
+}
 IMPORT = """
-import resource, sys, time
-start = time.perf_counter()
-import nicecp
-scale = 2**20 if sys.platform == "darwin" else 2**10
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale)
+import sys, time
+from benchmarks.machine import peak_memory
+before, start = peak_memory(), time.perf_counter()
+import {module}
+print(time.perf_counter() - start, (peak_memory() - before) / 2**20)
 """
+FIRST_LOG_PROB = """
+import sys
+from dataclasses import replace
+from benchmarks.cases import CASES
+from benchmarks.scorers import make
+case = replace(CASES["small"], rows=50)
+print(float(make("{name}", case).score(case.data()[:1])[0]))
+"""
+FIRST = ("nicecp", "torch", "jax", "nflows", "normflows", "zuko")
 COMMAND = "from nicecp.cli.main import main; main()"
 # Leaves right after the first training step: what came before it is what the user waited for.
 FIRST_STEP = """
@@ -69,34 +88,71 @@ def first_step(cache: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="fresh processes per number (default: 7)")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--quick", action="store_true", help="one round: does it work at all?")
+    parser.add_argument("--rounds", type=int, default=5, help="fresh processes per number (default: 5)")
+    parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
+    parser.add_argument("--quick", action="store_true", help="one round, nicecp alone: does it work at all?")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
+    print(describe())
+    records = Records(options.json, "startup")
+    peers = {} if options.quick else PEERS
+    absent = [name for name in peers if importlib.util.find_spec(name) is None]
+    for name in absent:
+        records.absent("", PEERS[name])
+    present = {"nicecp": "nicecp", **{name: title for name, title in peers.items() if name not in absent}}
 
-    machine = describe()
-    print(machine)
     run(COMMAND, "--help")  # byte code is compiled, files are in the page cache
-    imports = [tuple(map(float, run(IMPORT)[1].split())) for _ in range(rounds)]
-    results: dict[str, Any] = {
-        "bare python": [run("pass")[0] for _ in range(rounds)],
-        "import nicecp": [seconds for seconds, _ in imports],
-        "nicecp --help": [run(COMMAND, "--help")[0] for _ in range(rounds)],
-        "train, first step, empty cache": [],
-        "train, first step, warm cache": [],
-    }
-    for _ in range(rounds):
+    imports = in_turn(
+        rounds,
+        {title: IMPORT.format(module={"nflows": "nflows.flows"}.get(name, name)) for name, title in present.items()},
+    )
+    for title, found in imports.items():
+        numbers = [tuple(map(float, output.split())) for _, output in found]
+        record(records, "import", title, "s", [seconds for seconds, _ in numbers])
+        record(records, "import", title, "MiB resident", [size for _, size in numbers])
+    with tempfile.TemporaryDirectory() as cache:
+        codes = {NAMES[name]: FIRST_LOG_PROB.format(name=name) for name in FIRST
+                 if name == "nicecp" or (name in present and NEEDS[name] in present)}  # fmt: skip
+        cold = [run(codes[NAMES["nicecp"]], cache=Path(cache))[0]]
+        for title, found in in_turn(rounds, codes, Path(cache)).items():
+            record(records, "first log-density", title, "s", [seconds for seconds, _ in found])
+        record(records, "first log-density", "nicecp, log_prob, empty Numba cache", "s", cold)
+    commands = in_turn(
+        rounds, {"bare python": "pass", "nicecp --help": COMMAND}, arguments={"nicecp --help": ["--help"]}
+    )
+    for title, found in commands.items():
+        record(records, "command line", title, "s", [seconds for seconds, _ in found])
+    steps: dict[str, list[float]] = {"empty": [], "warm": []}
+    for _ in range(min(rounds, 3)):
         with tempfile.TemporaryDirectory() as cache:
-            results["train, first step, empty cache"].append(first_step(Path(cache)))
-            results["train, first step, warm cache"].append(first_step(Path(cache)))
-    for name, seconds in results.items():
-        print(f"{name:32} {median(seconds):7.3f} s   ({min(seconds):.3f} to {max(seconds):.3f})")
-    print(f"{'import nicecp, memory':32} {median(size for _, size in imports):7.1f} MiB resident")
-    if options.json:
-        memory = [size for _, size in imports]
-        document = {"machine": machine, "seconds": results, "import_mib": memory}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+            steps["empty"].append(first_step(Path(cache)))
+            steps["warm"].append(first_step(Path(cache)))
+    for which, values in steps.items():
+        record(records, "command line", f"nicecp train --data demo, first step, {which} Numba cache", "s", values)
+    if importlib.util.find_spec("packaging") is not None:
+        from benchmarks.sizes import installed_bytes
+
+        for name, title in present.items():
+            size = installed_bytes("scikit-learn" if name == "sklearn" else name)
+            record(records, "installed, with all that is required", title, "MB", [size / 1e6])
+
+
+def in_turn(
+    rounds: int, codes: dict[str, str], cache: Path | None = None, arguments: dict[str, list[str]] | None = None
+) -> dict[str, list[tuple[float, str]]]:
+    """(seconds, output) of fresh processes, round by round."""
+    found: dict[str, list[tuple[float, str]]] = {title: [] for title in codes}
+    for turn in range(rounds):
+        titles = list(codes)
+        turn %= len(titles)
+        for title in titles[turn:] + titles[:turn]:
+            found[title].append(run(codes[title], *(arguments or {}).get(title, []), cache=cache))
+    return found
+
+
+def record(records: Records, group: str, who: str, what: str, values: list[float]) -> None:
+    print(f"{group}: {who:60} {median(values):9.3f} {what}   ({min(values):.3f} to {max(values):.3f})", flush=True)
+    records.values(group, who, what, values)
 
 
 if __name__ == "__main__":

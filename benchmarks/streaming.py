@@ -8,7 +8,6 @@ steps on the file (a thread reads ahead, two windows in memory) alternate with o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -26,6 +25,7 @@ import h5py
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.records import Records
 from nicecp.flow import NICE
 from nicecp.hdf5_data import HDF5Source
 from nicecp.kernels.backend import Purpose
@@ -33,7 +33,7 @@ from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import TrainConfig, Trainer
 
-FEATURES, CHUNK = 128, 4096  # columns, rows of a chunk of the file
+FEATURES, CHUNK = 512, 1024  # columns, rows of a chunk of the file
 MIB = 2**20
 MODEL = ["--epochs", "1", "--hidden", "2x64", "--couplings", "4", "--valid-fraction", "0.01", "--dtype", "float32"]
 COMMAND = """
@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers here")
     options = parser.parse_args()
     print(describe())
-    document: dict[str, Any] = {"machine": describe(), "limit": options.limit, "files": []}
+    records = Records(options.json, "streaming")
+    what = "epochs of steps, 4 couplings of 2x256, batch 256, float32, one thread"
+    group = f"nicecp train and evaluate with --memory-limit {options.limit}, {FEATURES} columns of float32"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, out = Path(folder) / "rows.h5", Path(folder) / "run.h5"
         bound = ["--memory-limit", options.limit, "--threads", "1", "--data", str(path)]
@@ -120,7 +122,9 @@ def main() -> None:
             if factor == options.factors[0] and options.rounds:
                 found = rates(path, rows, options.rounds)
                 ratio = median(a / b for a, b in zip(found["file"], found["memory"], strict=True))
-                document["rates"] = found
+                for name, values in found.items():
+                    where = "file, two windows in memory" if name == "file" else "all rows in memory"
+                    records.values(what, where, "rows/s", values, base=name == "memory")
                 medians = ", ".join(f"{name} {median(values):,.0f}" for name, values in found.items())
                 print(f"rows/s: {medians}, ratio {ratio:.3f}", flush=True)
             if factor == options.factors[0]:  # compiles, which takes memory of its own
@@ -128,14 +132,16 @@ def main() -> None:
             train = run(["train", *bound, "--out", str(out), "--overwrite", *MODEL])
             evaluate = run(["evaluate", str(out), *bound])
             size = path.stat().st_size / MIB
-            document["files"].append({"mib": size, "rows": rows, "train": train, "evaluate": evaluate})
+            who = f"{size:,.0f} MiB, {rows:,} rows"
+            records.values(group, who, "train: peak MiB", [train["peak"]])
+            records.values(group, who, "train: rows/s", [train["rates"][-1]])
+            records.values(group, who, "evaluate: peak MiB", [evaluate["peak"]])
+            records.values(group, who, "evaluate: s in all", [evaluate["seconds"]])
             print(
                 f"{size:7.0f} MiB, {rows:9,} rows: train {train['peak']:.0f} MiB, {train['rates'][-1]:,} rows/s, "
                 f"{train['seconds']:.0f} s in all; evaluate {evaluate['peak']:.0f} MiB, {evaluate['seconds']:.0f} s",
                 flush=True,
             )
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Held-out log-likelihood of the tabular-large preset on tables, beside mixtures and kernels of scikit-learn.
+"""Held-out log-likelihood of the presets tabular-large and tabular-spline on tables, beside scikit-learn's densities.
 
-    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models spline,gmm,kde,zuko] [--seed 0]
 
 FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are those of the file; of
 the training rows a sixth, drawn by the seed as nicecp draws it, validates: it chooses the epoch that nicecp keeps, the
 mixture's number of components and the kernel's width. All see the same rows; nicecp computes in float32. Densities are
 of the values as they stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
-standardize is nicecp without transforms of columns.
+standardize is nicecp without transforms of columns; repartition draws the parts of its couplings anew after every two;
+spline is the preset tabular-spline.
 
 gmm: GaussianMixture with full covariances of standardised columns, components of 1 to 64, two starts each. kde:
 KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural spline flow on standardised columns.
@@ -15,16 +16,20 @@ KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural sp
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.records import Records
 from nicecp.data import open_splits
 from nicecp.flow import NICE
 from nicecp.run import Run
@@ -32,6 +37,10 @@ from nicecp.run import Run
 TABLES = ("magic", "cms_zmumu", "sdss_dr14", "protein_casp")
 COMPONENTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = np.geomspace(0.05, 1.0, 9)
+TITLES = {
+    "nicecp": "nicecp, tabular-large", "standardize": "nicecp, tabular-large without transforms",
+    "gmm": "scikit-learn GaussianMixture", "kde": "scikit-learn KernelDensity", "zuko": "zuko, neural spline flow",
+}  # fmt: skip
 Rows = np.ndarray
 
 
@@ -43,9 +52,18 @@ def summary(values: Rows) -> str:
     return f"{values.mean():9.3f} +- {error:5.3f}  {trimmed:9.3f}  {ordered[0]:9.1f}"
 
 
-def nicecp(path: str, train: Rows, valid: Rows, test: Rows, seed: int, transform: str | None) -> tuple[Rows, str]:
-    choices = {"preset": "tabular-large", "dtype": "float32", "transform": transform}
-    with Run.start(path, None, **choices, seed=seed, threads=1) as run:
+def nicecp(
+    path: str,
+    train: Rows,
+    valid: Rows,
+    test: Rows,
+    seed: int,
+    preset: str = "tabular-large",
+    epochs: int | None = None,
+    **choices: Any,
+) -> tuple[Rows, str]:
+    choices |= {} if epochs is None else {"epochs": epochs}
+    with Run.start(path, None, preset=preset, dtype="float32", **choices, seed=seed, threads=1) as run:
         outcome = run.execute()
         flow: NICE = run.flow
         note = f"{len(outcome.record.history)} epochs, best {outcome.record.best_epoch}"
@@ -108,12 +126,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the tables")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--models", default="standardize,nicecp,gmm,kde", help="also zuko")
+    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also repartition, zuko")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of every model")
+    parser.add_argument("--epochs", type=int, help="of nicecp (default: the preset's)")
+    parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
     given = parser.parse_args()
+    records = Records(given.json, "tabular")
     models: dict[str, Callable[..., tuple[Rows, str]]] = {
-        "nicecp": lambda *rows: nicecp(*rows, None),
-        "standardize": lambda *rows: nicecp(*rows, "none"),
+        "spline": partial(nicecp, preset="tabular-spline", epochs=given.epochs),
+        "nicecp": partial(nicecp, epochs=given.epochs),
+        "standardize": partial(nicecp, transform="none", epochs=given.epochs),
+        "repartition": partial(nicecp, repartition=2, epochs=given.epochs),
         "gmm": gmm,
         "kde": kde,
         "zuko": zuko,
@@ -125,13 +148,23 @@ def main() -> None:
             if splits.valid is None or splits.test is None:
                 raise SystemExit(f"{path!r} needs rows to validate and to test on")
             parts = [np.asarray(part.load()[0], np.float64) for part in (splits.train, splits.valid, splits.test)]
+        group = f"{table}: {len(parts[0]):,} training rows, {parts[0].shape[1]} columns, seed {given.seed}"
         sizes = ", ".join(str(len(part)) for part in parts)
         print(f"{table}: {sizes} rows train, validate, test; {parts[0].shape[1]} columns")
         print(f"{'':12}  {'mean':>9}    {'error':>5}  {'trimmed':>9}  {'minimum':>9}  seconds")
         for name in given.models.split(","):
             began = time.perf_counter()
+            needs = {"gmm": "sklearn", "kde": "sklearn", "zuko": "zuko"}.get(name)
+            if needs is not None and importlib.util.find_spec(needs) is None:
+                records.absent(group, TITLES[name])
+                continue
             values, note = models[name](path, *parts, given.seed)
-            print(f"{name:12}  {summary(values)}  {time.perf_counter() - began:7.0f}  {note}", flush=True)
+            seconds = time.perf_counter() - began
+            print(f"{name:12}  {summary(values)}  {seconds:7.0f}  {note}", flush=True)
+            records.values(group, TITLES[name], "test log-likelihood, nats per row", [float(values.mean())])
+            error = float(values.std(ddof=1) / np.sqrt(len(values)))
+            records.values(group, TITLES[name], "standard error", [error])
+            records.values(group, TITLES[name], "s to fit and score", [seconds])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +23,15 @@ sys.path[0] = str(ROOT)
 
 from benchmarks.cases import CASES, Case
 from benchmarks.machine import cpus, describe
+from benchmarks.records import Records, ratio
 from benchmarks.worker import NAMES, NEEDS
 
 DEFAULT = ("nicecp", "products", "torch", "jax", "jax-scan")
+TITLES = {
+    "mnist": "MNIST model, 392-1000x5-392, batch 200",
+    "small": "small table, D = 8, 4-64-64-4, batch 256",
+    "digits": "digits, 392-256x3-392, batch 200",
+}
 TOLERANCE = {"float32": 1e-4, "float64": 1e-8}  # relative, of the losses in the gate
 PROGRESS = 2e-3  # and of what the losses change by in these steps, since that is what the optimiser did
 REST = 0.05  # seconds between chunks: BLAS and OpenMP threads of the last one stop spinning
@@ -96,13 +102,6 @@ def measure(workers: list[Worker], case: Case, rounds: int) -> dict[str, list[fl
     return seconds
 
 
-def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios round by round."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
-    return {"median": middle, "low": low, "high": high}
-
-
 def table(case: Case, result: dict[str, Any]) -> str:
     """The result as plain text."""
     lines = [f"{'':34} {'ms a step':>10} {'steps/s':>9} {'rows/s':>10} {'GFLOP/s':>8} {'nicecp / it':>12} (quartiles)"]
@@ -115,14 +114,15 @@ def table(case: Case, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: bool) -> dict[str, Any]:
+def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: bool, records: Records) -> None:
     """Check, warm up, measure, and report one case with one number of threads."""
     workers: list[Worker] = []
+    abouts: dict[str, Any] = {}
     try:
         for name in names:
             workers.append(Worker(name, case, threads))
-            about = workers[-1].ask("about")  # one starts up at a time
-            print(f"  {NAMES[name]}: {about}", flush=True)
+            abouts[name] = workers[-1].ask("about")  # one starts up at a time
+            print(f"  {NAMES[name]}: {abouts[name]}", flush=True)
         losses = check(workers, case)
         if losses:
             last = {name: round(values[-1], 6) for name, values in losses.items()}
@@ -141,23 +141,19 @@ def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: 
         for name, values in seconds.items()
         if "nicecp" in seconds and name != "nicecp"
     }
-    result = {
-        "case": dataclasses.asdict(case),
-        "threads": threads,
-        "rounds": rounds,
-        "steps_per_round": case.chunk,
-        "gflop_per_step": case.flops / 1e9,
-        "losses": losses,
-        "seconds": seconds,
-        "ratios": ratios,
-        "breakdown": parts,
-    }
-    print(table(case, result), flush=True)
+    print(table(case, {"seconds": seconds, "ratios": ratios}), flush=True)
+    group = f"{TITLES[case.name]}, {case.dtype}, {threads} thread{'s' * (threads > 1)}"
+    for name, values in seconds.items():
+        records.values(group, NAMES[name], "ms a step", [1e3 * value for value in values], versions=abouts[name])
+    if losses:
+        steps = f"{case.gate_steps} steps from the same weights on the same rows and noise"
+        records.note(group, f"Losses after {steps} agree: {losses[names[0]][-1]:.6f} ({len(losses)} contestants).")
     if parts:
+        for name, value in parts.items():
+            records.values(f"Breakdown of nicecp's step: {group}", name, "ms", [1e3 * value])
         print(
             "  nicecp's step, parts on their own: " + ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in parts.items())
         )
-    return result
 
 
 def arguments() -> argparse.Namespace:
@@ -167,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (default: all; small: 1 and all)")
     parser.add_argument("--rounds", type=int, default=25, help="times every contestant has its turn (default: 25)")
     parser.add_argument("--contestants", default=",".join(DEFAULT), help=f"comma-separated, of {', '.join(NAMES)}")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work at all?")
     options = parser.parse_args()
     unknown = set(options.contestants.split(",")) - set(NAMES)
@@ -185,8 +181,10 @@ def main() -> None:
     if absent:
         print(f"not installed, so left out: {', '.join(NAMES[name] for name in absent)}")
     names = [name for name in names if name not in absent]
-    results = []
-    for case in CASES.values() if options.case == "all" else [CASES[options.case]]:
+    records = Records(options.json, "steps")
+    for name in absent:
+        records.absent("", NAMES[name])
+    for case in [CASES["mnist"], CASES["small"]] if options.case == "all" else [CASES[options.case]]:
         case = dataclasses.replace(case, dtype=options.dtype)
         everything = len(cpus())
         threads = options.threads or (sorted({1, everything}) if case.name == "small" else [everything])
@@ -197,9 +195,7 @@ def main() -> None:
             size = f"{case.flops / 1e9:.3g} GFLOP a step"
             print(f"\n{case.name}: {case.dtype}, batch {case.batch}, {count} thread(s), {size}")
             rounds = 2 if options.quick else options.rounds
-            results.append(compare(case, names, count, rounds, breakdown=True))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+            compare(case, names, count, rounds, True, records)
 
 
 if __name__ == "__main__":

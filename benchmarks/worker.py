@@ -24,13 +24,19 @@ NAMES = {
     "torch-compile": "PyTorch torch.compile, fused Adam",
     "jax": "JAX jit",
     "jax-scan": "JAX jit, lax.scan",
+    "nflows": "nflows",
+    "normflows": "normflows",
+    "zuko": "zuko",
 }
-NEEDS = {"torch": "torch", "torch-compile": "torch", "jax": "jax", "jax-scan": "jax"}
+NEEDS = {
+    "torch": "torch", "torch-compile": "torch", "jax": "jax", "jax-scan": "jax", "nflows": "nflows",
+    "normflows": "normflows", "zuko": "zuko",
+}  # fmt: skip
 
 
 def make(name: str, case: Case, threads: int) -> Any:
     """The contestant of that name; its software is imported here, after the CPUs and thread counts are set."""
-    from benchmarks.peers import Jax, Products, Torch
+    from benchmarks.peers import Jax, Products, Torch, TorchLibrary
 
     if name == "nicecp":
         from benchmarks.ours import Ours
@@ -40,6 +46,8 @@ def make(name: str, case: Case, threads: int) -> Any:
         return Products(case, threads)
     if NEEDS[name] == "torch":
         return Torch(case, threads, compiled=name == "torch-compile")
+    if name in ("nflows", "normflows", "zuko"):
+        return TorchLibrary(case, threads, name)
     return Jax(case, threads, scan=name == "jax-scan")
 
 
@@ -52,6 +60,10 @@ def answer(contestant: Any, case: Case, command: dict[str, Any]) -> Any:
         return contestant.run(command["steps"])
     if what in ("first_steps", "breakdown"):
         return getattr(contestant, what)(command["steps"])
+    if what == "shuffle":
+        return contestant.shuffle(command["epoch"])
+    if what == "valid":
+        return contestant.valid(case.held_out(command["epoch"]))
     if what == "gate":
         data = case.data()
         rows = np.array(command["rows"]).reshape(-1, case.batch)

@@ -116,6 +116,11 @@ def mask_ld(columns: int) -> int:
     return -(-columns // MASK_BITS) * MASK_BITS
 
 
+def mask_bytes(rows: int, columns: int) -> int:
+    """Of a ReLU mask."""
+    return rows * mask_ld(columns) // 8
+
+
 @dataclass(frozen=True)
 class Kind:
     """All that an algorithm is chosen for. out : (m, n) = op(a) op(b), k terms each.

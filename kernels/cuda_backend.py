@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from nicecp.kernels.backend import Array, Ready, Slot
+from nicecp.kernels.backend import SPLINE_BINS, Array, Ready, Slot
 from nicecp.kernels.cuda_borders import CudaBorders
 from nicecp.kernels.cuda_calls import (
     GRADIENTS,
@@ -23,6 +24,7 @@ from nicecp.kernels.cuda_calls import (
     named,
 )
 from nicecp.kernels.cuda_device import check
+from nicecp.kernels.cuda_nccl import Nccl, SumOverRanks, connected
 from nicecp.kernels.cuda_source import SCALE_COLUMNS, THREADS
 
 
@@ -110,6 +112,23 @@ class CudaBackend(CudaBorders):
         arguments = (dx, dm, *reads, np.int64(n), np.int32(k), np.int32(affine))
         self._launch(named("factor_backward", dx), n * k, arguments, (dx, dm), reads)
 
+    def spline_forward(self, y: Array, log_det: Array, x: Array, m: Array, sign: int, first: bool) -> None:
+        n, k = x.shape
+        check(y.dtype, y=(y, (n, k)), x=(x, (n, k)), m=(m, (n, (3 * SPLINE_BINS - 1) * k)))
+        check(np.float64, log_det=(log_det, (n,)))
+        numbers = (np.int64(n), np.int32(k), np.int32(sign), np.int32(first))
+        reads = (x, m) if first else (x, m, log_det)
+        self._launch(named("spline_forward", y), (n, k), (y, log_det, x, m, *numbers), (y, log_det), reads)
+
+    def spline_backward(self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array) -> None:
+        n, k = x.shape
+        wide = (n, (3 * SPLINE_BINS - 1) * k)
+        check(dx.dtype, dx=(dx, (n, k)), dm=(dm, wide), dy=(dy, (n, k)), x=(x, (n, k)), m=(m, wide))
+        check(np.float64, dlog_det=(dlog_det, (n,)))
+        reads = (dy, dlog_det, x, m)
+        arguments = (dx, dm, *reads, np.int64(n), np.int32(k))
+        self._launch(named("spline_backward", dx), n * k, arguments, (dx, dm), reads)
+
     def accumulate(self, out: Array, x: Array) -> None:
         check(np.float64, out=(out, (len(out),)), x=(x, (len(out),)))
         self._launch("accumulate_f64", len(out), (out, x, np.int64(len(out))), (out,), (out, x))
@@ -188,6 +207,20 @@ class CudaBackend(CudaBorders):
         check(np.float64, state=(state, (Slot.SIZE,)))
         what = Launch("advance_f64", (1,), (1,), (state,))
         self._do(Plain(what=what, written=(state,), read=(state,)))
+
+    # --- other ranks ------------------------------------------------------------------------------
+
+    def open_nccl(self, size: int, rank: int, share: Callable[[Callable[[], Any]], Any]) -> Nccl:
+        """The communicator of so many ranks, each of which calls this; see Nccl."""
+        with self._lock:
+            nccl = connected(Nccl(self.driver, size, rank, share), self.alloc, self.sum_over_ranks)
+            self.synchronize()
+            return nccl
+
+    def sum_over_ranks(self, nccl: Nccl, out: Array, x: Array) -> None:
+        """out = the sum over ranks of x : (size,), out itself or beside it; every rank calls it, in the same order."""
+        check(out.dtype, out=(out, (out.size,)), x=(x, (out.size,)))
+        self._do(SumOverRanks(out=out, x=x, nccl=nccl, lane=GRADIENTS))
 
     # --- random numbers ---------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ class CupyDriver:
             arrays = [cupy.full(array.shape, np.nan, array.dtype) for array in (a, b, out)]
             # One scratch for the bias or its gradient, one for the mask.
             vector = cupy.zeros(out.shape[1], out.dtype)
-            mask = cupy.zeros(self._mask_bytes(*out.shape), np.uint8)
+            mask = cupy.zeros(cublaslt.mask_bytes(*out.shape), np.uint8)
             workspace = self.address(self._workspace(self._streams.main))
             at = [self.address(array) for array in (*arrays, vector, mask)]
             plan.run((at[0], at[1], at[2]), at[3], at[4], workspace, self._streams.main.ptr)
@@ -270,17 +270,17 @@ class CupyDriver:
         return array
 
     def relu_mask(self, rows: int, columns: int) -> Array:
-        return self.alloc(self._mask_bytes(rows, columns), np.uint8)
-
-    @staticmethod
-    def _mask_bytes(rows: int, columns: int) -> int:
-        return rows * cublaslt.mask_ld(columns) // 8
+        return self.alloc(cublaslt.mask_bytes(rows, columns), np.uint8)
 
     # --- order ------------------------------------------------------------------------------------
 
     @property
     def lanes(self) -> int:
         return len(self._streams.sides)
+
+    @property
+    def stream(self) -> int:
+        return int(self._streams.current.ptr)
 
     def side(self, lane: int = 0, after: Sequence[Token] = ()) -> AbstractContextManager[Token]:
         return self._streams.side(lane, after)
@@ -329,7 +329,7 @@ def _bytes(shape: int | Sequence[int], dtype: DTypeLike) -> int:
 
 @functools.cache
 def open_driver(precision: str = "float32") -> CupyDriver:
-    """The driver of the current GPU, one for each precision in a process.
+    """The driver of this process's GPU (detect.use), one for each precision in a process.
 
     Raises DeviceError, with the reason, where no GPU can be used.
     """
@@ -339,4 +339,6 @@ def open_driver(precision: str = "float32") -> CupyDriver:
     if problem:
         raise DeviceError(f"device 'cuda': {problem} (without a GPU: --device cpu)")
     products = cublaslt.Products(cublaslt.library(), tf32=precision == "tf32")
-    return CupyDriver(detect.import_cupy(), products, precision)
+    cupy = detect.import_cupy()
+    cupy.cuda.Device(detect.ordinal()).use()
+    return CupyDriver(cupy, products, precision)

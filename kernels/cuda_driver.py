@@ -188,6 +188,17 @@ class Driver(Protocol):
 
 
 @runtime_checkable
+class Streams(Protocol):
+    """What a driver has as well on whose streams another library (NCCL) can launch."""
+
+    cupy: Any
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream that the next launch is on."""
+
+
+@runtime_checkable
 class Lanes(Protocol):
     """What a driver with several side streams has as well; one without has a single lane."""
 

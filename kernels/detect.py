@@ -34,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is. ``problem`` is why the first GPU cannot be used, one line with the remedy, or "" if it can.
+    """What there is. ``problem`` is why this process's GPU cannot be used, one line with the remedy, or "" if it can.
 
     driver : newest CUDA version that the driver supports, such as (13, 0), or None; cupy : "name version" of every
     installed distribution that brings CuPy; nvrtc, cublaslt : their versions, "" where they were not looked for.
@@ -50,6 +50,24 @@ class Found:
 
 class _Problem(Exception):
     """One line: why not, and what to do."""
+
+
+_rank = 0  # of the processes on this machine that each want a GPU
+
+
+def use(rank: int) -> None:
+    """Take another GPU than the first, before any is looked for: the ranks on a machine share its GPUs out.
+
+    Where there are fewer than ranks, some get the same one (nicecp.rank_devices notices). CUDA keeps the choice for the
+    thread that opens the driver.
+    """
+    global _rank
+    _rank = rank
+
+
+def ordinal() -> int:
+    """The number of the GPU that this process uses, among those that it may see."""
+    return _rank % max(1, len(look().gpus)) if _rank else 0
 
 
 @functools.cache
@@ -74,7 +92,7 @@ def look() -> Found:
         found["cupy"] = installed = _installed()
         _start(driver)
         found["gpus"] = gpus = _gpus(driver)
-        _check_gpu(gpus[0])
+        _check_gpu(gpus[_rank % len(gpus)])
         _check_versions(version, installed)
         _look_with_cupy(version, found)
     except _Problem as why:

@@ -44,8 +44,8 @@ class Pending(Protocol):
 class Communicator(Protocol):
     """What ranks can do together. Every rank makes the same calls in the same order, or all wait for ever.
 
-    ``on_device``: sums work on a backend's own arrays; else on NumPy arrays, and others are copied to and fro.
-    Sums give the same bits on all ranks.
+    ``on_device``: sums work on a backend's own arrays too; else on NumPy arrays, and others are copied to and fro.
+    ``captures``: and may be part of a step that a backend records. Sums give the same bits on all ranks.
     """
 
     @property
@@ -54,17 +54,25 @@ class Communicator(Protocol):
     def size(self) -> int: ...
     @property
     def on_device(self) -> bool: ...
+    @property
+    def captures(self) -> bool: ...
     def sum(self, array: Array) -> None:
         """The sum over ranks in the place of each rank's array, C-contiguous."""
 
-    def begin_sum(self, array: Array) -> Pending:
-        """As sum, without waiting: the array is left alone until it is done."""
+    def begin_sum(self, out: Array, part: Array | None = None) -> Pending:
+        """out = the sum over ranks of each one's ``part`` (of out itself without one), without waiting.
+
+        Both are left alone until it is done.
+        """
 
     def from_first(self, compute: Callable[[], T]) -> T:
         """What rank 0 computes, on all ranks; what it raises, all raise."""
 
     def gather(self, rows: Array) -> Array | None:
         """On rank 0 all ranks' rows one after the other, by rank; None elsewhere."""
+
+    def here(self, value: T) -> list[T]:
+        """What every rank on this machine brings, by rank."""
 
     def threads(self) -> int:
         """CPUs for each rank on this machine."""
@@ -76,19 +84,24 @@ class Communicator(Protocol):
 class Alone:
     """One process."""
 
-    rank, size, on_device = 0, 1, False
+    rank, size, on_device, captures = 0, 1, False, False
 
     def sum(self, array: Array) -> None:
         """It is the sum already."""
 
-    def begin_sum(self, array: Array) -> Pending:
-        return _Done()
+    def begin_sum(self, out: Array, part: Array | None = None) -> Pending:
+        if part is not None:
+            out[...] = part
+        return DONE
 
     def from_first(self, compute: Callable[[], T]) -> T:
         return compute()
 
     def gather(self, rows: Array) -> Array | None:
         return rows
+
+    def here(self, value: T) -> list[T]:
+        return [value]
 
     def threads(self) -> int:
         from nicecp.machine import default_threads
@@ -107,13 +120,13 @@ class _Done:
         """Done."""
 
 
-ALONE = Alone()
+DONE, ALONE = _Done(), Alone()
 
 
 class Mpi:
     """The ranks of an mpi4py communicator, which is duplicated: others' messages do not meet ours."""
 
-    on_device = False
+    on_device = captures = False
 
     def __init__(self, communicator: Any) -> None:
         from mpi4py import MPI
@@ -125,8 +138,8 @@ class Mpi:
     def sum(self, array: Array) -> None:
         self._comm.Allreduce(self._mpi.IN_PLACE, array)
 
-    def begin_sum(self, array: Array) -> Pending:
-        return _Request(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
+    def begin_sum(self, out: Array, part: Array | None = None) -> Pending:
+        return _Request(self._comm.Iallreduce(self._mpi.IN_PLACE if part is None else part, out))
 
     def from_first(self, compute: Callable[[], T]) -> T:
         result: tuple[bool, Any] = (True, None)
@@ -154,13 +167,17 @@ class Mpi:
             self._comm.Recv(out[edges[other] : edges[other + 1]], source=other)
         return out
 
+    def here(self, value: T) -> list[T]:
+        node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+        found: list[T] = node.allgather(value)
+        node.Free()
+        return found
+
     def threads(self) -> int:
         from nicecp.machine import default_threads
 
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-        node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        sharing = sum(not own.isdisjoint(other) for other in node.allgather(own))
-        node.Free()
+        sharing = sum(not own.isdisjoint(other) for other in self.here(own))
         return max(1, min(default_threads(), len(own) // max(1, sharing)))
 
     def describe(self) -> str:

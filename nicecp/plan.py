@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nicecp.feed import streamed_batches
 from nicecp.kernels.cuda_pinned import STAGED
 from nicecp.presets import Settings
 from nicecp.reconstruction import workspace_bytes
+from nicecp.registry import MLP
 from nicecp.spec import ModelSpec
 from nicecp.split import Split
 from nicecp.train import Trainer
@@ -42,14 +43,19 @@ class Cost:
 def flops_of(spec: ModelSpec, n: int) -> tuple[int, int]:
     """(forward, training step) for n rows: 2 n i o for each product of (n, i) and (i, o).
 
-    A step has three products for each layer (y, dx, dw); the first layer of the first coupling needs no dx.
+    A step has three products for each layer (y, dx, dw); the first layer of the first coupling needs no dx. Of a
+    registered network each parameter of two dimensions or more counts as one such product: what it does is not known.
     """
     forward, first = 0, 0
-    for k in range(len(spec.couplings)):
-        sizes = spec.layer_sizes(k)
-        products = [2 * n * a * b for a, b in pairwise(sizes)]
+    for k, coupling in enumerate(spec.couplings):
+        sizes = [a * b for a, b in spec.dense_layers(k)]
+        if coupling.network != MLP:
+            sizes = [math.prod(shape) for name, shape in spec.own_shapes(k).items()
+                     if name.startswith("network/") and len(shape) > 1]  # fmt: skip
+        products = [2 * n * size for size in sizes]
         forward += sum(products)
-        first = first or products[0]
+        if k == 0 and coupling.network == MLP:  # a registered one is asked for dx all the same
+            first = products[0]
     return forward, 3 * forward - first
 
 

@@ -23,6 +23,7 @@ from nicecp.network import Network, Workspace
 from nicecp.parallel import Communicator, Pending
 from nicecp.params import Layout, Range, Views
 
+LOOK_EVERY = 16  # steps of a GPU after which ranks look whether one of them has asked to stop
 BUCKET_BYTES = 2**22  # of gradients from which a sum is begun: below, messages cost more than they hide
 
 
@@ -88,42 +89,73 @@ class SharedStep:
         self.own = own_rows(batch_size, communicator)
         self.request = self.stop = 0
         backend = trainer.backend
-        # One message: log-densities and weights of all rows, and a number of every rank's.
-        self._all = backend.alloc(2 * batch_size + communicator.size, np.float64)
+        # One message: log-densities and weights of all rows, and a number of every rank's. What a rank sends is 0 where
+        # others have something to say.
+        self._sent, self._all = (backend.alloc(2 * batch_size + communicator.size, np.float64) for _ in range(2))
+        self._sent_request = 0
         self._dlogp = backend.alloc(batch_size, np.float64)
         own, ws = slice(self.own.start, self.own.stop), trainer.workspace
-        ws.logp, ws.weight = self._all[:batch_size][own], self._all[batch_size : 2 * batch_size][own]
+        ws.logp, ws.weight = self._sent[:batch_size][own], self._sent[batch_size : 2 * batch_size][own]
         ws.dlogp = self._dlogp[own]
         self._buckets = buckets_of(trainer.network.layout, trainer.g.dtype.itemsize)
+        self._steps = 0
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def record(self) -> Callable[[], None]:
-        """A runnable that carries out one step."""
-        trainer, backend, batch = self._trainer, self._trainer.backend, self._batch
+        """A runnable that carries out one step: in one piece where the backend records sums as well."""
+        return self._in_one() if self._communicator.captures else self._in_parts()
+
+    def _forward(self) -> None:
+        self._trainer.load()
+        self._trainer.network.forward(self._trainer.workspace, self._trainer.views)
+
+    def _backward(self, bucket: Bucket) -> None:
+        trainer, batch = self._trainer, self._batch
         network, views, ws = trainer.network, trainer.views, trainer.workspace
+        if bucket.last == len(network.couplings) - 1:
+            trainer.backend.loss(trainer.state, self._dlogp, self._all[:batch], self._all[batch : 2 * batch])
+            network.backward_prior(ws, views, self._grads)
+        for k in range(bucket.last, bucket.first - 1, -1):
+            network.backward_coupling(k, ws, views, self._grads, want_dx=False)
 
-        def forward() -> None:
-            trainer.load()
-            network.forward(ws, views)
+    def _in_one(self) -> Callable[[], None]:
+        trainer, communicator = self._trainer, self._communicator
 
-        def backward(bucket: Bucket) -> None:
-            if bucket.last == len(network.couplings) - 1:
-                backend.loss(trainer.state, self._dlogp, self._all[:batch], self._all[batch : 2 * batch])
-                network.backward_prior(ws, views, self._grads)
-            for k in range(bucket.last, bucket.first - 1, -1):
-                network.backward_coupling(k, ws, views, self._grads, want_dx=False)
+        def step() -> None:
+            self._forward()
+            communicator.begin_sum(self._all, self._sent)
+            for bucket in self._buckets:
+                self._backward(bucket)
+                self._begin_sum(bucket.range)
+                trainer.update(bucket.range)
+            trainer.backend.advance(trainer.state)
 
-        start = backend.record(forward)
+        launch = trainer.backend.record(step)
+
+        def run() -> None:
+            self._send_request()
+            launch()
+            self._steps += 1
+            if self._steps % LOOK_EVERY == 0:  # the same steps on all ranks; to look waits for the device
+                self._hear()
+
+        return run
+
+    def _in_parts(self) -> Callable[[], None]:
+        trainer, backend = self._trainer, self._trainer.backend
+        start = backend.record(self._forward)
         parts = []
         for bucket in self._buckets:
             update = backend.record(partial(trainer.update, bucket.range))
-            parts.append((bucket, backend.record(partial(backward, bucket)), update))
+            parts.append((bucket, backend.record(partial(self._backward, bucket)), update))
         end = backend.record(partial(backend.advance, trainer.state))
 
         def run() -> None:
+            self._send_request()
             start()
-            self._exchange()
+            self._begun(self._all, self._sent).wait()
+            self._hear()
             sums: list[Pending] = []
             for bucket, part, _ in parts:
                 part()
@@ -137,18 +169,16 @@ class SharedStep:
 
         return run
 
-    def _exchange(self) -> None:
-        """Everybody's log-densities and weights to all, and who asks to stop."""
-        batch, size, own = self._batch, self._communicator.size, self.own
-        everything = self._all
-        for first in (0, batch):
-            everything[first : first + own.start] = 0
-            everything[first + own.stop : first + batch] = 0
-        stops = np.zeros(size)
-        stops[self._communicator.rank] = self.request
-        self._trainer.backend.copy_in(everything[2 * batch :], stops)
-        self._sum(everything)
-        stops = self._trainer.backend.copy_out(everything[2 * batch :])
+    def _send_request(self) -> None:
+        """With the next step's message: whether this rank asks to stop."""
+        request, place = self.request, 2 * self._batch + self._communicator.rank  # a signal may come in between
+        if request != self._sent_request:
+            self._trainer.backend.copy_in(self._sent[place : place + 1], np.array([float(request)]))
+            self._sent_request = request
+
+    def _hear(self) -> None:
+        """Who has asked to stop, in the last step's message."""
+        stops = self._trainer.backend.copy_out(self._all[2 * self._batch :])
         self.stop = next((int(number) for number in stops if number), 0)
 
     def _sum(self, array: Array) -> None:
@@ -157,10 +187,10 @@ class SharedStep:
     def _begin_sum(self, part: Range) -> Pending:
         return self._begun(self._trainer.g[part.offset : part.offset + part.size])
 
-    def _begun(self, array: Array) -> Pending:
-        if self._communicator.on_device or isinstance(array, np.ndarray):
-            return self._communicator.begin_sum(array)
-        return _Staged(self._communicator, self._trainer.backend, array)
+    def _begun(self, out: Array, part: Array | None = None) -> Pending:
+        if self._communicator.on_device or isinstance(out, np.ndarray):
+            return self._communicator.begin_sum(out, part)
+        return _Staged(self._communicator, self._trainer.backend, out, part)
 
     # --- what proves it -----------------------------------------------------------------------------------------------
 
@@ -187,9 +217,9 @@ class SharedStep:
 class _Staged:
     """A sum of a device's array by a communicator of the host."""
 
-    def __init__(self, communicator: Communicator, backend: Backend, array: Array) -> None:
-        self._backend, self._array = backend, array
-        self._host = backend.copy_out(array)
+    def __init__(self, communicator: Communicator, backend: Backend, out: Array, part: Array | None) -> None:
+        self._backend, self._array = backend, out
+        self._host = backend.copy_out(out if part is None else part)
         self._pending = communicator.begin_sum(self._host)
 
     def poll(self) -> None:

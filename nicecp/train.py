@@ -22,6 +22,7 @@ from nicecp.loading import Loader
 from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Range
 from nicecp.presented import mean_log_det, presented
+from nicecp.rank_devices import with_device_sums
 from nicecp.ranks import SharedStep, own_rows
 from nicecp.reconstruction import check_reconstruction
 from nicecp.records import EpochRecord, Event, ResumeState, RunRecord
@@ -86,7 +87,7 @@ class Trainer:
         communicator: Communicator = ALONE,
     ) -> None:
         check_fits(flow, train)
-        self.communicator = communicator
+        communicator = self.communicator = with_device_sums(communicator, flow.backend)
         self.flow, self.config, self.train_split, self.valid_split = flow, config, train, valid
         self.callbacks = as_callbacks(callbacks)
         window, own = max(config.window, config.batch_size), own_rows(config.batch_size, communicator)
@@ -130,7 +131,7 @@ class Trainer:
         self._recovery = Recovery(self)
         # Of all rows; an epoch leaves out less than a batch of them.
         self.offset = log_det(flow.preprocessing) + mean_log_det(train, flow.preprocessing, config.seed)
-        alone = communicator.size == 1
+        alone = communicator.size == 1 and not communicator.on_device
         self._shared = None if alone else SharedStep(self, self._grads, config.batch_size, communicator)
 
     # --- one step ---------------------------------------------------------------------------------------------------

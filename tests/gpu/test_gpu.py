@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nicecp import ranks
 from nicecp import train as train_module
 from nicecp.doctor import examine
 from nicecp.errors import DeviceMemoryError
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE
-from nicecp.kernels import cuda_source, detect, get_backend
+from nicecp.kernels import cuda_nccl, cuda_source, detect, get_backend
 from nicecp.kernels.backend import Purpose, Slot
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, MaskedBiasGradient, ReluBias
 from nicecp.optimizers import AdaM
+from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize
+from nicecp.rank_devices import OnDevice
 from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import TrainConfig, Trainer
@@ -31,12 +34,14 @@ D = 20
 DATA = np.random.default_rng(1).integers(0, 256, (1000, D), np.uint8)
 
 
-def trained(backend: Any, dtype: str, steps: int = 50, limit: int | None = None, hidden: int = 64) -> Trainer:
+def trained(
+    backend: Any, dtype: str, steps: int = 50, limit: int | None = None, hidden: int = 64, shared: Communicator = ALONE
+) -> Trainer:
     spec = gates.make_spec(D, [(hidden, hidden), (hidden,), (hidden, hidden), (hidden,)], "logistic", dtype)
     flow = NICE.from_spec(spec, None, (Dequantize(),), seed=5, init="he", backend=backend)
     split = Split.contiguous(ArraySource(DATA), 0, len(DATA), Purpose.TRAIN_NOISE)
     config = TrainConfig(batch_size=64, optimizer=AdaM(rate=1e-3), seed=7, device_memory_limit=limit)
-    trainer = Trainer(flow, split, None, config)
+    trainer = Trainer(flow, split, None, config, communicator=shared)
     for _ in range(steps):
         trainer.step()
     return trainer
@@ -77,6 +82,18 @@ def test_a_replayed_graph_gives_the_bits_of_launches(gpu: Any, monkeypatch: pyte
 def test_two_runs_have_the_same_bits(gpu: Any) -> None:
     one, other = (gpu.copy_out(trained(gpu, "float32", hidden=256).p) for _ in range(2))
     assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_one_rank_sums_by_nccl(gpu: Any, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the graph, and between graphs: the numbers of a step without sums."""
+    if not getattr(gpu.xp.cuda.nccl, "available", False):
+        pytest.skip("CuPy finds no NCCL: pip install nvidia-nccl-cu13")
+    monkeypatch.setattr(cuda_nccl, "CAPTURES", 0 if captures else 10**6)
+    monkeypatch.setattr(ranks.buckets_of, "__defaults__", (1000,))
+    together = trained(gpu, "float64", shared=OnDevice(ALONE, gpu))
+    gates.assert_near(gpu.copy_out(together.p), gpu.copy_out(trained(gpu, "float64").p), 1e-10, "parameters")
+    assert gpu.copy_out(together.state)[Slot.STEP] == 50
 
 
 def test_streamed_data_give_the_bits_of_resident_ones(gpu: Any) -> None:

@@ -35,6 +35,9 @@ def test_each_kernel(gpu: Any, dtype: str) -> None:
     for law in ("multiplicative", "affine"):
         checks.check_factor_forward(gpu, dtype, N, D, law, 1)
         checks.check_factor_backward(gpu, dtype, N, D, law)
+    for sign in (1, -1):
+        checks.check_spline_forward(gpu, dtype, N, D, sign)
+    checks.check_spline_backward(gpu, dtype, N, D)
     for prior in ("logistic", "gaussian"):
         checks.check_scale_prior_forward(gpu, dtype, N, D, prior, False)
         checks.check_scale_prior_backward(gpu, dtype, N, D, prior, False)

@@ -268,6 +268,7 @@ class FakeCupy:
             Event=lambda disable_timing=False: Event(self, disable_timing),
             alloc_pinned_memory=self._pinned,
             get_current_stream=self.get_current_stream,
+            Device=lambda number=None: SimpleNamespace(use=lambda: None, pci_bus_id=f"0000:{number or 0:02x}:00.0"),
             nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
         )
 

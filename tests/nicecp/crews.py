@@ -34,7 +34,7 @@ class Meeting:
 class Member:
     """One rank (nicecp.parallel.Communicator). Sums are carried out when somebody waits for them, in order."""
 
-    on_device = False
+    on_device = captures = False
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting, self.rank, self.size = meeting, rank, meeting.size
@@ -44,10 +44,10 @@ class Member:
     def sum(self, array: Any) -> None:
         self.begin_sum(array).wait()
 
-    def begin_sum(self, array: Any) -> Pending:
-        assert array.flags.c_contiguous
-        self.sums.append(array.size)
-        return _Sum(self, array)
+    def begin_sum(self, out: Any, part: Any = None) -> Pending:
+        assert out.flags.c_contiguous
+        self.sums.append(out.size)
+        return _Sum(self, out, out if part is None else part)
 
     def total(self, array: Any) -> Any:
         parts = self._meeting.exchange(self.rank, np.array(array))
@@ -72,6 +72,9 @@ class Member:
         parts = self._meeting.exchange(self.rank, rows)
         return np.concatenate(parts) if self.rank == 0 else None
 
+    def here(self, value: Any) -> list[Any]:
+        return self._meeting.exchange(self.rank, value)
+
     def threads(self) -> int:
         return 1
 
@@ -80,15 +83,15 @@ class Member:
 
 
 class _Sum:
-    def __init__(self, member: Member, array: Any) -> None:
-        self._member, self._array, self._begun = member, array, np.array(array)
+    def __init__(self, member: Member, out: Any, part: Any) -> None:
+        self._member, self._out, self._part, self._begun = member, out, part, np.array(part)
 
     def poll(self) -> None:
         self._member.polls += 1
 
     def wait(self) -> None:
-        assert self._array.tobytes() == self._begun.tobytes(), "changed while it was being summed"
-        self._array[...] = self._member.total(self._array)
+        assert self._part.tobytes() == self._begun.tobytes(), "changed while it was being summed"
+        self._out[...] = self._member.total(self._part)
 
 
 def together(size: int, work: Callable[[Member], Any]) -> list[Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,14 @@ import pytest
 
 from nicecp.cli.options import byte_size
 from nicecp.evaluate import BATCH, READ_ROWS
+from nicecp.flow import NICE
 from nicecp.memory import RESERVE, Rows, resident_bytes, rows_within
 from nicecp.plan import Cost
 from nicecp.run import Run
+from nicecp.score_file import score_file
 from nicecp.scoring import score
 from nicecp.split import BLOCK, SHUFFLE_WINDOW
+from tests.nicecp.crews import Member, together
 from tests.nicecp.runs import SMALL, model_bytes, train, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,41 +146,83 @@ import sys
 from nicecp.cli.main import main
 code = main(sys.argv[1:])
 lines = open("/proc/self/status").read().splitlines()
-print("peak", next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+found = [next(line for line in lines if line.startswith(name)).split()[1] for name in ("VmHWM:", "VmPeak:")]
+print("peak", *found)
 sys.exit(code)
 """
 
 
-def peak_of(words: list[str], folder: Path) -> int:
-    """Peak resident memory of a command in a process of its own, bytes."""
+def child(words: list[str], folder: Path, address_space: int | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which may have so many bytes of address space (RLIMIT_AS)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    limit = None
+    if address_space is not None:
+        limit = partial(resource.setrlimit, resource.RLIMIT_AS, (address_space, address_space))
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+
+
+def peaks_of(words: list[str], folder: Path, address_space: int | None = None) -> tuple[int, int]:
+    """Peaks of resident memory and of address space, bytes."""
+    done = child(words, folder, address_space)
     assert done.returncode == 0, done.stderr
-    return 1024 * int(done.stdout.rpartition("peak ")[2])
+    resident, space = done.stdout.rpartition("peak ")[2].split()
+    return 1024 * int(resident), 1024 * int(space)
+
+
+def write_rows(path: Path, factor: int) -> None:
+    """A file of so many times the same rows."""
+    with h5py.File(path, "w") as file:
+        rows = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype(np.float32)
+        dataset = file.create_dataset("train", (factor * ROWS, FEATURES), np.float32)
+        for i in range(factor):
+            dataset[i * ROWS : (i + 1) * ROWS] = rows
+
+
+OPTIONS = ["--hidden", "16", "--couplings", "3", "--epochs", "2", "--threads", "1", "--valid-fraction", "0.1"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for the peak of one process")
 def test_a_process_stays_below_its_limit(tmp_path: Path) -> None:
     """Data of one, two and four times the memory left for them."""
-    options = ["--hidden", "16", "--couplings", "3", "--epochs", "2", "--threads", "1", "--valid-fraction", "0.1"]
     limit = 300 * MIB
     peaks: dict[str, list[int]] = {"train": [], "evaluate": []}
     for factor in (1, 2, 4):
         name = f"rows{factor}.h5"
-        with h5py.File(tmp_path / name, "w") as file:
-            rows = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype(np.float32)
-            dataset = file.create_dataset("train", (factor * ROWS, FEATURES), np.float32)
-            for i in range(factor):
-                dataset[i * ROWS : (i + 1) * ROWS] = rows
+        write_rows(tmp_path / name, factor)
         bound = ["--data", name, "--memory-limit", "300MiB"]
-        peak_of(["train", *bound, "--out", "warm.h5", "--overwrite", *options], tmp_path)  # compiles
-        peaks["train"].append(peak_of(["train", *bound, "--out", f"run{factor}.h5", *options], tmp_path))
-        peaks["evaluate"].append(peak_of(["evaluate", f"run{factor}.h5", "--threads", "1", *bound], tmp_path))
+        peaks_of(["train", *bound, "--out", "warm.h5", "--overwrite", *OPTIONS], tmp_path)  # compiles
+        peaks["train"].append(peaks_of(["train", *bound, "--out", f"run{factor}.h5", *OPTIONS], tmp_path)[0])
+        peaks["evaluate"].append(peaks_of(["evaluate", f"run{factor}.h5", "--threads", "1", *bound], tmp_path)[0])
     for values in peaks.values():
         assert max(values) < limit
         assert max(values) - min(values) < 0.1 * limit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for the address space of a process")
+def test_a_limit_that_the_system_enforces(tmp_path: Path) -> None:
+    """With the address space that a run took on a small file (RLIMIT_AS), one on four times as many rows gets on.
+
+    Without --memory-limit it does not: the test would notice a limit that changes nothing.
+    """
+    few, many = tmp_path / "few.h5", tmp_path / "many.h5"
+    write_rows(few, 2)
+    write_rows(many, 8)
+    bound = ["--memory-limit", "280MiB"]
+    start = ["train", "--overwrite", "--out", "run.h5", *OPTIONS, "--epochs", "1"]
+    peaks_of([*start, *bound, "--data", "few.h5"], tmp_path)  # compiles
+    _, space = peaks_of([*start, *bound, "--data", "few.h5"], tmp_path)
+    space += 16 * MIB  # 8 bytes for every row that is scored, and what threads happen to take
+    peaks_of([*start, *bound, "--data", "many.h5"], tmp_path, space)
+    peaks_of(["evaluate", "run.h5", "--threads", "1", *bound, "--data", "many.h5"], tmp_path, space)
+    done = child([*start, "--data", "many.h5"], tmp_path, space)
+    assert done.returncode == 2
+    assert done.stderr.startswith("nicecp: error: not enough memory")
+    assert done.stderr.count("\n") == 1
 
 
 def test_too_small_a_limit_is_one_line(tmp_path: Path) -> None:
@@ -187,3 +235,28 @@ def test_too_small_a_limit_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("nicecp: error: --memory-limit must be at least ")
     assert done.stderr.endswith("for this model and a batch of 256 rows, got 20.0 MiB\n")
     assert [path.name for path in tmp_path.iterdir()] == ["table.h5"]
+
+
+def test_a_memory_limit_gives_all_ranks_the_same_windows_and_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they differ in what they have in memory, from which both follow."""
+    data, sizes = write_table(tmp_path / "table.h5"), count(100, 10)
+
+    def limited(limit: Any, settings: Any, splits: Any, resumed: bool = False) -> Any:
+        return replace(settings, window=next(sizes)), 100
+
+    monkeypatch.setattr("nicecp.run.within", limited)
+
+    def window(rank: Member) -> int:
+        with Run.start(data, None, **SMALL, communicator=rank) as run:
+            return run.trainer.reader.window
+
+    assert len(set(together(3, window))) == 1
+    table = np.random.default_rng(0).normal(size=(700, 5))
+    NICE(5, (8,), 3, threads=1).save(tmp_path / "flow.h5")
+    score_file(tmp_path / "flow.h5", table, tmp_path / "alone.h5")
+    monkeypatch.setattr("nicecp.score_file.block_within", lambda *arguments: next(sizes))
+    together(3, lambda rank: score_file(tmp_path / "flow.h5", table, tmp_path / "s.h5", communicator=rank))
+    with h5py.File(tmp_path / "alone.h5") as alone, h5py.File(tmp_path / "s.h5") as several:
+        np.testing.assert_allclose(several["log_prob"][()], alone["log_prob"][()], rtol=1e-12)
