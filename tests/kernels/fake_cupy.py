@@ -182,6 +182,7 @@ class Graph:
         self.cupy.calls.append(("upload graph", stream.name))
 
     def launch(self, stream: Stream) -> None:
+        self.cupy.raise_what_broke()
         lost = self.needs - {number for _, number in self.cupy.live.values()}
         assert not lost, "a graph is launched after memory that it works on was given back"
         stream.put("launch graph", self._play, self.access)
@@ -237,7 +238,7 @@ class FakeCupy:
 
     def __init__(self, memory: int = 2**40, allocate: Callable[..., Any] = aligned, schedule: int = 1) -> None:
         self.schedule, self.order, self.live = schedule, Order(), dict[int, tuple[int, int]]()
-        self._freed: list[tuple[Span, Clock]] = []  # what was given back, and when
+        self._freed: list[tuple[Span, int, Clock]] = []  # what was given back, its number, and when
         self._allocated = 0
         self.calls: list[tuple[Any, ...]] = []
         self.streams: dict[int, Stream] = {}
@@ -283,6 +284,7 @@ class FakeCupy:
     def _array(self, shape: Any, dtype: Any) -> FakeArray:
         """With other numbers in it than anybody wants."""
         assert self.capturing is None, "memory must not be allocated in a capture"
+        self.raise_what_broke()
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size > self.memory:
             raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
@@ -292,25 +294,26 @@ class FakeCupy:
         self._allocated += 1
         owner = Owner(span_of(host.ctypes.data, max(1, size)))
         self.live[owner.span[0]] = owner.span[1], self._allocated
-        weakref.finalize(owner, self._given_back, owner.span, self.current[-1].ptr).atexit = False
+        freed = self._given_back, owner.span, self._allocated, self.current[-1].ptr
+        weakref.finalize(owner, *freed).atexit = False
         return FakeArray(self, host, owner)
 
-    def _given_back(self, whole: Span, stream: int) -> None:
+    def _given_back(self, whole: Span, number: int, stream: int) -> None:
         """To the stream that allocated it, as the pool does. Python may call this at any moment: it is only noted."""
-        self.live.pop(whole[0], None)
-        self._freed.append((whole, self.order.recorded(stream)))
+        self._freed.append((whole, number, self.order.recorded(stream)))
 
     def raise_what_broke(self) -> None:
         """A Race, if memory was given back too early."""
         while self._freed:
-            self.order.given_back(*self._freed.pop(0))
+            whole, number, clock = self._freed.pop(0)
+            if self.live.get(whole[0], (0, 0))[1] == number:
+                del self.live[whole[0]]
+            self.order.given_back(whole, clock)
 
     def allocations(self, access: Access) -> set[int]:
         """Numbers of those that contain the memory; that of the host is none."""
         spans = access.reads | access.writes
-        return {
-            number for start, (end, number) in list(self.live.items()) if any(meet((start, end), one) for one in spans)
-        }
+        return {number for start, (end, number) in self.live.items() if any(meet((start, end), one) for one in spans)}
 
     def spans_of(self, arguments: Iterable[Any]) -> set[Span]:
         """Of the arrays among arguments."""

@@ -7,6 +7,7 @@ Memory that is given back goes to what its stream launches next, so that giving 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Order:
     """Of the launches of a device, or of those inside a graph."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # a thread waits for copies while another one launches
         self._clocks: dict[int, Clock] = {}
         self._host: Clock = {}
         # Of each span the last launch on each stream that read or wrote it: it is behind the earlier ones.
@@ -53,14 +55,15 @@ class Order:
 
     def launched(self, stream: int, what: str, access: Access) -> None:
         """Race where it meets something that it may overtake, or that may overtake it."""
-        clock = self.clock(stream)
-        _join(clock, self._host)
-        self._check(clock, what, access.reads, writing=False)
-        self._check(clock, what, access.writes, writing=True)
-        clock[stream] = at = clock.get(stream, 0) + 1
-        for spans, writing in ((access.reads, False), (access.writes, True)):
-            for span in spans:
-                self._last.setdefault((span, writing), {})[stream] = at, what
+        with self._lock:
+            clock = self.clock(stream)
+            _join(clock, self._host)
+            self._check(clock, what, access.reads, writing=False)
+            self._check(clock, what, access.writes, writing=True)
+            clock[stream] = at = clock.get(stream, 0) + 1
+            for spans, writing in ((access.reads, False), (access.writes, True)):
+                for span in spans:
+                    self._last.setdefault((span, writing), {})[stream] = at, what
 
     def _check(self, clock: Clock, what: str, spans: Iterable[Span], writing: bool) -> None:
         for span in spans:
@@ -72,24 +75,29 @@ class Order:
 
     def recorded(self, stream: int) -> Clock:
         """An event's."""
-        _join(self.clock(stream), self._host)
-        return dict(self.clock(stream))
+        with self._lock:
+            _join(self.clock(stream), self._host)
+            return dict(self.clock(stream))
 
     def waits(self, stream: int, event: Clock) -> None:
-        _join(self.clock(stream), event)
+        with self._lock:
+            _join(self.clock(stream), event)
 
     def host_waits(self, event: Clock) -> None:
-        _join(self._host, event)
+        with self._lock:
+            _join(self._host, event)
 
     def given_back(self, span: Span, clock: Clock) -> None:
         """Memory, and the clock of the stream that had allocated it."""
-        self._check(clock, "what is allocated next", [span], writing=True)
-        for key in [key for key in self._last if meet(key[0], span)]:
-            del self._last[key]
+        with self._lock:
+            self._check(clock, "what is allocated next", [span], writing=True)
+            for key in [key for key in self._last if meet(key[0], span)]:
+                del self._last[key]
 
     def touched(self) -> Access:
         """All of it, as one launch."""
-        spans: tuple[set[Span], set[Span]] = set(), set()
-        for span, writing in self._last:
-            spans[writing].add(span)
-        return Access(*spans)
+        with self._lock:
+            spans: tuple[set[Span], set[Span]] = set(), set()
+            for span, writing in self._last:
+                spans[writing].add(span)
+            return Access(*spans)
