@@ -29,6 +29,7 @@ class GpuOurs:
     def first_steps(self, steps: int) -> dict[str, Any]:
         """Losses of the first steps of all, and what others need to repeat them."""
         window, losses = next(iter(self.trainer.reader.epoch(1))), []
+        steps = min(steps, window.n_batches)  # of few rows there are fewer
         for _ in range(steps):
             self.trainer.step()
             losses.append(float(self.backend.copy_out(self.trainer.state)[Slot.LOSS]))

@@ -26,14 +26,14 @@ class GpuTorch(Torch):
         import torch
 
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        if torch.backends.cuda.matmul.allow_tf32 != tf32:
+            raise RuntimeError("PyTorch's precision of float32 products is not the one that was asked for")
         torch.manual_seed(SEED)
         self.torch, self.case, self.device, self.mode = torch, case, device, mode
         self.dtype = getattr(torch, case.dtype)
         data = case.data()
         self.data = [torch.from_numpy(np.ascontiguousarray(data[:, part::2])).to(device) for part in (0, 1)]
         self.index = torch.from_numpy(batch_indices(case)).to(device)
-        self.loss = torch.compile(self._loss, mode="max-autotune") if mode == "compile" else self._loss
         self.graph: Any = None
         self.reset()
 
@@ -41,15 +41,25 @@ class GpuTorch(Torch):
         torch = self.torch
 
         def put(array: NDArray[Any]) -> Any:
-            return torch.from_numpy(array).to(self.device).requires_grad_()
+            return torch.nn.Parameter(torch.from_numpy(array).to(self.device))
 
-        self.layers = [[(put(w), put(b)) for w, b in layers] for layers in self.case.weights()]
-        self.scale = [
-            torch.zeros(size, dtype=self.dtype, device=self.device, requires_grad=True) for size in self.case.parts
-        ]
-        parameters = [tensor for layers in self.layers for pair in layers for tensor in pair] + self.scale
+        layers = [[(put(w), put(b)) for w, b in layers] for layers in self.case.weights()]
+        scale = [put(np.zeros(size, self.case.dtype)) for size in self.case.parts]
+        loss_of = self._loss
+
+        class Flow(torch.nn.Module):  # parameters of a module: torch.compile knows that they stay where they are
+            def __init__(self) -> None:
+                super().__init__()
+                self.all = torch.nn.ParameterList([tensor for one in layers for pair in one for tensor in pair] + scale)
+
+            def forward(self, x0: Any, x1: Any) -> Any:
+                given = iter(self.all)
+                return loss_of(x0, x1, [[(next(given), next(given)) for _ in one] for one in layers], [*given])
+
+        flow = Flow()
+        self.loss = torch.compile(flow, mode="max-autotune") if self.mode == "compile" else flow
         self.optimizer = torch.optim.Adam(
-            parameters,
+            flow.parameters(),
             lr=self.case.rate,
             betas=(BETA1, BETA2),
             eps=EPSILON,

@@ -15,7 +15,8 @@ FLOOR = 0.45  # of the floor: the aim
 def read(path: Path) -> dict[str, Any]:
     """A JSON file's content, {} where it was not written."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        text = path.read_text()
+        found: dict[str, Any] = json.loads(text[text.index("{") : text.rindex("}") + 1])  # warnings may stand around it
     except (OSError, ValueError):
         return {}
     return found
@@ -67,9 +68,12 @@ def main() -> None:
     lines = [f"results in {folder}"]
     for line in (folder / "parts.txt").read_text().splitlines():
         name, code, seconds = line.split("\t")
-        ended = {"0": "well", "124": "stopped: it took too long", "skip": "left out"}.get(
-            code, f"failed (exit code {code})"
-        )
+        ended = {
+            "0": "well",
+            "124": "stopped: it took too long",
+            "137": "killed: it took too long",
+            "skip": "left out",
+        }.get(code, f"failed (exit code {code})")
         lines.append(f"  {name:12} {seconds:>4} s  {ended}")
     doctor = read(folder / "doctor.json")
     lines += [

@@ -7,11 +7,15 @@ the same noise must agree with nicecp's. Compilation (up to the end of the first
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +38,8 @@ NAMES = {
     "torch-compile": "PyTorch torch.compile, max-autotune",
 }
 NEEDS = {"torch-eager": "torch", "torch-compile": "torch", "torch-graph": "torch", "jax-scan": "jax"}
-TOLERANCE = {"float32": 1e-4, "tf32": 2e-2}  # of the losses: relative, and of what they change by
+SLOW = ("torch-compile",)  # to compile: after all others, with three times as long
+TOLERANCE = {"float32": (1e-4, 2e-3), "tf32": (2e-2, 0.1)}  # of the losses: relative, and of what they change by
 
 
 def worker(name: str, case: Case, device: str, precision: str, steps: int, rounds: int, gate: dict[str, Any]) -> None:
@@ -72,20 +77,43 @@ def ask(name: str, case: Case, options: argparse.Namespace, precision: str, gate
     """What a contestant's process says; {"failed": why} where it ends badly or takes too long."""
     task = [name, dataclasses.asdict(case), options.device, precision, options.steps, options.rounds, gate]
     command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    # Files and not pipes, and a group of its own: compilers that it starts may outlive it, and hold a pipe open.
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        given.write(json.dumps(task))
+        given.seek(0)
+        process = subprocess.Popen(command, stdin=given, stdout=out, stderr=err, start_new_session=True)
+        limit = options.timeout * (3 if name in SLOW else 1)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"took more than {limit:.0f} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().strip().splitlines())
     try:
-        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=options.timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {options.timeout:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        said: dict[str, Any] = json.loads(texts[0][-1])
+    except (IndexError, ValueError):
+        return {"failed": (texts[1] or [f"exit code {process.returncode}"])[-1][:300]}
     return said
 
 
 def agree(losses: list[float], reference: list[float], precision: str) -> bool:
-    tolerance = TOLERANCE[precision]
+    """Whether a contestant does nicecp's work: its losses, and what they fall by in these steps."""
+    if len(losses) != len(reference):
+        return False
+    relative, of_change = TOLERANCE[precision]
+    change = max(reference) - min(reference)
     worst = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
-    return worst <= tolerance * max(abs(reference[0]), 1.0)
+    return worst <= min(relative * max(abs(reference[0]), 1.0), of_change * change + 1e-6 * abs(reference[0]))
 
 
 def compare(
@@ -95,10 +123,15 @@ def compare(
     names: list[str],
     results: dict[str, Any],
     keep: Callable[[], None],
+    gate: dict[str, Any],
 ) -> None:
-    """One precision: every contestant's numbers, or why it has none, into ``results``, kept as they come."""
-    gate: dict[str, Any] = {}
+    """One precision: every contestant's numbers, or why it has none, into ``results``, kept as they come.
+
+    gate : nicecp's first steps, which are put in when nicecp has made them; without them nobody else runs.
+    """
     for name in names:
+        if name != "nicecp" and not gate:
+            return
         if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
             results[name] = {"failed": f"{NEEDS[name]} is not installed"}
         elif name == "torch-graph" and options.device == "cpu":
@@ -107,11 +140,7 @@ def compare(
             results[name] = ask(name, case, options, precision, gate)
         found = results[name]
         if name == "nicecp":
-            gate = found.pop("gate", {})
-            if not gate:
-                print(f"  {NAMES[name]}: {found['failed']}", flush=True)
-                keep()
-                return
+            gate.update(found.pop("gate", {}))
         elif "losses" in found and not agree(found["losses"], gate["losses"], precision):
             found["failed"] = f"its losses {found['losses']} are not nicecp's {gate['losses']}: it does other work"
         if "failed" in found:
@@ -132,7 +161,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contestants", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
     parser.add_argument("--steps", type=int, default=500, help="in a chunk (default: 500)")
     parser.add_argument("--rounds", type=int, default=5, help="chunks that are timed (default: 5)")
-    parser.add_argument("--timeout", type=float, default=90.0, help="seconds for one contestant (default: 90)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=90.0,
+        help="seconds for one contestant, three times as long where it compiles (default: 90)",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a small model and a few steps: does it work?")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -140,6 +174,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # the limit of gpu.sh: contestants end with this process
     options = arguments()
     if options.worker:
         name, case, *rest = json.loads(sys.stdin.read())
@@ -147,8 +182,9 @@ def main() -> None:
         return
     case = dataclasses.replace(CASES["mnist"], file=options.data)
     if options.quick:
-        case = dataclasses.replace(case, hidden=(32,), rows=20 * case.batch, gate_steps=2)
+        case = dataclasses.replace(case, hidden=(32,), rows=20 * case.batch, gate_steps=5)
         options.steps, options.rounds = 3, 1
+    case = dataclasses.replace(case, rows=len(case.data()))  # a file may have fewer
     names = [name for name in NAMES if name in options.contestants.split(",")]
     from benchmarks.gpu_ours import ceilings, traffic
     from nicecp.kernels import get_backend, with_precision
@@ -168,10 +204,13 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    for precision in options.precisions.split(","):
-        print(precision, flush=True)
-        results = report["results"][precision] = {}
-        compare(case, options, precision, names, results, keep)
+    gates: dict[str, dict[str, Any]] = {}
+    for slow in (False, True):
+        some = [name for name in names if (name in SLOW) == slow]
+        for precision in options.precisions.split(",") if some else ():
+            print(precision, flush=True)
+            results = report["results"].setdefault(precision, {})
+            compare(case, options, precision, some, results, keep, gates.setdefault(precision, {}))
 
 
 if __name__ == "__main__":

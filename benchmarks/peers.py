@@ -88,7 +88,8 @@ class Torch:
         self.dtype = getattr(torch, case.dtype)
         self.data = self.tensors(case.data())
         self.index = torch.from_numpy(batch_indices(case))
-        self.loss = torch.compile(self._loss) if compiled else self._loss
+        compiled_loss = torch.compile(self._loss) if compiled else self._loss
+        self.loss = lambda x0, x1: compiled_loss(x0, x1, self.layers, self.scale)
         self.at = 0
         self.reset()
 
@@ -109,16 +110,16 @@ class Torch:
         adam = self.torch.optim.Adam
         self.optimizer = adam(parameters, lr=self.case.rate, betas=(BETA1, BETA2), eps=EPSILON, fused=True)
 
-    def _loss(self, x0: Any, x1: Any) -> Any:
+    def _loss(self, x0: Any, x1: Any, couplings: Any, scales: Any) -> Any:
         torch, parts = self.torch, [x0, x1]
-        for k, layers in enumerate(self.layers):
+        for k, layers in enumerate(couplings):
             y = parts[k % 2]
             for weight, bias in layers[:-1]:
                 y = torch.relu(torch.addmm(bias, y, weight))
             weight, bias = layers[-1]
             parts[1 - k % 2] = parts[1 - k % 2] + torch.addmm(bias, y, weight)
         log_prob = 0.0
-        for part, scale in zip(parts, self.scale, strict=True):
+        for part, scale in zip(parts, scales, strict=True):
             h = part * torch.exp(scale)
             log_prob = log_prob - (h + 2.0 * torch.nn.functional.softplus(-h)).sum(1).mean() + scale.sum()
         return -log_prob

@@ -23,7 +23,8 @@ sys.path[0] = str(ROOT)
 from benchmarks.machine import describe
 
 PAPER, BEST_FOUND = 1980.50, 1933.89  # nats per image: the paper's, and the best reproduction found published
-SPARE = 20.0  # seconds at a chunk's end: to save, and for pictures
+SPARE = 30.0  # seconds at a chunk's end in which nothing new is begun
+SAVE = 25.0  # of them, until a run that was told to stop must have saved
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ ROWS = (
         "--rate-decay", "1.00002", "--rate-floor", "1e-5")),
     Row("slow-decay", "rate falling to 4e-6 over all updates", ("--preset", "mnist", "--seed", "0",
         "--rate-decay", "1.000015", "--rate-floor", "1e-6")),
+    Row("average", "the paper's text, a moving average over some 20 epochs", ("--preset", "mnist", "--seed", "0",
+        "--weight-average", "ema:0.95")),
+    Row("decay-average", "as decay, with that average", ("--preset", "mnist", "--seed", "0",
+        "--rate-decay", "1.00002", "--rate-floor", "1e-5", "--weight-average", "ema:0.95")),
     Row("code", "the published file: RMSProp, rate divided by 1.0005", ("--preset", "mnist-code", "--seed", "0")),
     Row("text-seed-1", "the paper's text, another seed", ("--preset", "mnist", "--seed", "1")),
     Row("decay-seed-1", "as decay, another seed", ("--preset", "mnist", "--seed", "1",
@@ -71,13 +76,18 @@ class Reproduction:
             out, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            out, _ = process.communicate()
+            try:
+                out, _ = process.communicate(timeout=SAVE)
+            except subprocess.TimeoutExpired:  # what it saved five minutes ago or less is there
+                process.kill()
+                out, _ = process.communicate()
         return process.returncode, out
 
     def train(self, row: Row) -> bool:
-        """Go on with a row for as long as there is time -> whether it is finished; then its numbers are written."""
-        done, file = self.out / f"{row.name}.json", self.out / f"{row.name}.h5"
-        if done.exists():
+        """Go on with a row for as long as there is time -> whether it is over; then its numbers are written, or that it
+        failed: the others go on, and it is tried again when its file NAME.failed is removed."""
+        done, file, failed = (self.out / f"{row.name}{suffix}" for suffix in (".json", ".h5", ".failed"))
+        if done.exists() or failed.exists():
             return True
         machine = ("--device", self.options.device, "--json", "--checkpoint-every", "5min")
         if file.with_suffix(".state.h5").exists():
@@ -91,11 +101,14 @@ class Reproduction:
         events = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         end = next((event for event in events if event.get("event") == "end"), {})
         if not end.get("finished"):
-            if code not in (0, 128 + signal.SIGTERM):
-                raise SystemExit(f"row {row.name} failed with exit code {code}: see its messages above")
+            if code not in (0, 128 + signal.SIGTERM, -signal.SIGKILL):
+                failed.write_text(f"exit code {code}\n")
+                print(f"{row.name}: failed with exit code {code}, see its messages above", flush=True)
+                return True
             print(f"{row.name}: {end.get('epochs', 0)} epochs so far, {seconds / 60:.1f} min", flush=True)
             return False
-        keep = {name: end[name] for name in ("epochs", "best_epoch", "train", "valid", "test", "round_trip_error")}
+        names = ("epochs", "best_epoch", "best_average", "train", "valid", "test", "round_trip_error")
+        keep = {name: end[name] for name in names}
         command = f"nicecp train --data mnist.h5 {' '.join(row.options)} --epochs {self.options.epochs}"
         result = {"row": row.name, "about": row.about, "command": command, "minutes": seconds / 60, **keep}
         done.write_text(json.dumps(result, indent=1) + "\n")
@@ -130,6 +143,7 @@ class Reproduction:
             lines.append(
                 f"{row['row']:14} {test:>20} {valid:>9} {row['best_epoch']:11d} {row['minutes']:8.1f}  {row['about']}"
             )
+        lines += [f"{row.name:14} failed" for row in rows if (self.out / f"{row.name}.failed").exists()]
         lines.append(f"{'the paper':14} {PAPER:14.2f}")
         lines.append(f"{'best found':14} {BEST_FOUND:14.2f}       published reproduction, 70 epochs")
         if found:
@@ -139,8 +153,13 @@ class Reproduction:
         (self.out / "results.txt").write_text(text + "\n")
         return text
 
-    def pictures(self, rows: tuple[Row, ...]) -> None:
-        """Curve, samples and inpainting of the row with the best validation; what exists already stays."""
+    def pictures(self, rows: tuple[Row, ...]) -> bool:
+        """Curve, samples and inpainting of the row with the best validation; what exists already stays -> whether there
+        was time for all of them."""
+
+        rows = tuple(row for row in rows if (self.out / f"{row.name}.json").exists())
+        if not rows:
+            return True
 
         def valid(row: Row) -> float:
             found = json.loads((self.out / f"{row.name}.json").read_text())
@@ -156,8 +175,13 @@ class Reproduction:
         }  # fmt: skip
         for name, arguments in tasks.items():
             if not (self.out / name).exists():
-                code, _ = self.nicecp(*arguments, "--out", str(self.out / name))
+                if self.left() <= 0:
+                    return False
+                code, _ = self.nicecp(*arguments, "--out", str(self.out / name), limit=self.left())
+                if code and self.left() <= 0:
+                    return False
                 print(f"{name}: {'written' if code == 0 else 'not written, see the message above'}", flush=True)
+        return True
 
 
 def main() -> int:
@@ -189,12 +213,12 @@ def main() -> int:
         if not finished:
             break
     print(work.report(rows))
+    finished = finished and work.pictures(rows)
     if not finished:
         print("not finished: the same command goes on from here")
         return 3
-    work.pictures(rows)
     print(f"finished: all is in {work.out}")
-    return 0
+    return int(any((work.out / f"{row.name}.failed").exists() for row in rows))
 
 
 if __name__ == "__main__":

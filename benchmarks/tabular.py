@@ -1,12 +1,13 @@
-"""Held-out log-likelihood of the tabular-large preset on tables, beside mixtures and kernels of scikit-learn.
+"""Held-out log-likelihood of the presets tabular-large and tabular-spline on tables, beside scikit-learn's densities.
 
-    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models spline,gmm,kde,zuko] [--seed 0]
 
 FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are those of the file; of
 the training rows a sixth, drawn by the seed as nicecp draws it, validates: it chooses the epoch that nicecp keeps, the
 mixture's number of components and the kernel's width. All see the same rows; nicecp computes in float32. Densities are
 of the values as they stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
-standardize is nicecp without transforms of columns.
+standardize is nicecp without transforms of columns; repartition draws the parts of its couplings anew after every two;
+spline is the preset tabular-spline.
 
 gmm: GaussianMixture with full covariances of standardised columns, components of 1 to 64, two starts each. kde:
 KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural spline flow on standardised columns.
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,17 @@ def summary(values: Rows) -> str:
 
 
 def nicecp(
-    path: str, train: Rows, valid: Rows, test: Rows, seed: int, transform: str | None, epochs: int | None = None
+    path: str,
+    train: Rows,
+    valid: Rows,
+    test: Rows,
+    seed: int,
+    preset: str = "tabular-large",
+    epochs: int | None = None,
+    **choices: Any,
 ) -> tuple[Rows, str]:
-    choices: dict[str, Any] = {"preset": "tabular-large", "dtype": "float32", "transform": transform}
     choices |= {} if epochs is None else {"epochs": epochs}
-    with Run.start(path, None, **choices, seed=seed, threads=1) as run:
+    with Run.start(path, None, preset=preset, dtype="float32", **choices, seed=seed, threads=1) as run:
         outcome = run.execute()
         flow: NICE = run.flow
         note = f"{len(outcome.record.history)} epochs, best {outcome.record.best_epoch}"
@@ -118,15 +126,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the tables")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--models", default="standardize,nicecp,gmm,kde", help="also zuko")
+    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also repartition, zuko")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of every model")
     parser.add_argument("--epochs", type=int, help="of nicecp (default: the preset's)")
     parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
     given = parser.parse_args()
     records = Records(given.json, "tabular")
     models: dict[str, Callable[..., tuple[Rows, str]]] = {
-        "nicecp": lambda *rows: nicecp(*rows, None, given.epochs),
-        "standardize": lambda *rows: nicecp(*rows, "none", given.epochs),
+        "spline": partial(nicecp, preset="tabular-spline", epochs=given.epochs),
+        "nicecp": partial(nicecp, epochs=given.epochs),
+        "standardize": partial(nicecp, transform="none", epochs=given.epochs),
+        "repartition": partial(nicecp, repartition=2, epochs=given.epochs),
         "gmm": gmm,
         "kde": kde,
         "zuko": zuko,

@@ -18,7 +18,7 @@ from nicecp import __version__
 from nicecp.cli.console import abandon, messages, note
 from nicecp.cli.options import debug_option
 from nicecp.cli.stops import INTERRUPTED
-from nicecp.errors import NicecpError
+from nicecp.errors import NicecpError, printable
 from nicecp.parallel import launched
 
 # Command -> module, function, and its line in the listing.
@@ -85,7 +85,8 @@ def cli() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command line -> its exit code."""
     debug = "--debug" in arguments
-    if launched()[1] > 0 and not set(SHARED) & set(arguments[:1]):
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if launched()[1] > 0 and command not in SHARED:
         return 0  # one of the processes that a launcher has started does it
     try:
         # Not cli.main: it would print a line of its own for an interrupt and end quietly where a pipe is closed.
@@ -159,5 +160,5 @@ def _sentence(message: str) -> str:
 
 def fail(message: str, code: int = USAGE_ERROR) -> int:
     """One line on standard error -> the exit code."""
-    note(f"nicecp: error: {' '.join(message.split())}", error=True)
+    note(printable(f"nicecp: error: {' '.join(message.split())}"), error=True)
     return code

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import click
 
+from nicecp.errors import printable
+
 # A progress bar, while there is one, registers how to get out of the way of a line.
 around_line: list[Callable[[Callable[[], None]], None]] = []
 _quiet = False  # errors alone are shown
@@ -38,7 +40,7 @@ class _OneLine(logging.Handler):
         self._seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"nicecp: {record.levelname.lower()}: {' '.join(record.getMessage().split())}"
+        line = printable(f"nicecp: {record.levelname.lower()}: {' '.join(record.getMessage().split())}")
         if record.levelno >= logging.WARNING and line in self._seen:
             return
         self._seen.add(line)
@@ -120,7 +122,7 @@ def abandon(stream: TextIO) -> None:
 def table(rows: list[tuple[str, str]]) -> str:
     """Two columns, aligned."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(printable(f"  {name.ljust(width)}  {value}") for name, value in rows)
 
 
 def plural(count: int, what: str) -> str:

@@ -78,6 +78,8 @@ def evaluate(
     In nats per row, in the space of the data (for 8-bit data: dequantized to the flow's range), with its standard error
     over rows; bits per dimension for 8-bit data.
     """
+    if comparing and memory_limit is not None:
+        raise click.UsageError("--compare reads the rows that it needs into memory: leave --memory-limit out")
     from nicecp.cli.ranks import join
     from nicecp.cli.training import evaluation_json, evaluation_text
     from nicecp.data_spec import spec_of

@@ -15,6 +15,7 @@ EXAMPLES = """\
   nicecp info run.state.h5 --history 20
   nicecp info mnist.h5 --json
 """
+_LISTED = 24  # names of columns
 
 
 @command("info", EXAMPLES)
@@ -44,22 +45,25 @@ def _checkpoint(found: dict[str, Any]) -> str:
     if model["image_shape"]:
         rows.append(("images", "x".join(str(size) for size in model["image_shape"])))
     if model["order"]:
-        half = (len(model["order"]) + 1) // 2
-        parts = model["order"][:half], model["order"][half:]
-        shown = (" ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in parts)
-        rows.append(("parts", " | ".join(shown)))
+        rows.append(("parts", _parts(model["order"])))
+    changed = [(number, coupling["order"]) for number, coupling in enumerate(model["couplings"]) if coupling["order"]]
+    rows += [(f"parts from coupling {number}", _parts(order)) for number, order in changed[:12]]
+    if len(changed) > 12:
+        rows.append(("", f"and {len(changed) - 12} more"))
     if model["columns"]:
-        rows.append(("columns", ", ".join(model["columns"])))
+        rows.append(("columns", _listed(model["columns"])))
     if model["context"]:
         rows.append(("context", context_text(model["context"])))
     if training is None:
         return table([*rows, ("training", "not recorded")])
-    best = training["best_valid_log_likelihood"]
+    best, averaged = training["best_valid_log_likelihood"], training["best_average"]
     rows.append(
         (
             "training",
             f"{plural(training['epochs'], 'epoch')} in {clock(training['seconds'] or 0.0)}, "
-            f"the best is {training['best_epoch']}" + ("" if best is None else f" with validation {best:.2f} nats"),
+            f"the best is {training['best_epoch']}"
+            + (f", averaged over {plural(averaged, 'epoch')}," if averaged else "")
+            + ("" if best is None else f" with validation {best:.2f} nats"),
         )
     )
     if training["config"].get("data"):
@@ -81,6 +85,15 @@ def _checkpoint(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _parts(order: list[int]) -> str:
+    """'3 0 4 | 2 1'; of many columns only the first."""
+    half = (len(order) + 1) // 2
+    shown = (
+        " ".join(map(str, part[:12])) + (" ..." if len(part) > 12 else "") for part in (order[:half], order[half:])
+    )
+    return " | ".join(shown)
+
+
 def context_text(context: dict[str, Any]) -> str:
     """'2 numbers: mass (mean 3.1, std 0.5), age (mean 70, std 12)'; of many only the first."""
     names = context["names"] or [str(number) for number in range(context["n"])]
@@ -88,6 +101,12 @@ def context_text(context: dict[str, Any]) -> str:
     shown = [f"{name} (mean {mean:.4g}, std {std:.4g})" for name, mean, std in each]
     more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
     return f"{plural(context['n'], 'number')}: {', '.join(shown[:8])}{more}"
+
+
+def _listed(names: list[str]) -> str:
+    """'a, b, c'; of many only the first."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _number(value: float | None) -> str:
@@ -103,7 +122,7 @@ def _data(found: dict[str, Any]) -> str:
     if found["image_shape"]:
         rows.append(("images", "x".join(str(size) for size in found["image_shape"])))
     if found["columns"]:
-        rows.append(("columns", ", ".join(found["columns"])))
+        rows.append(("columns", _listed(found["columns"])))
     verbs = {"train": "trains on", "valid": "validates on", "test": "tests on"}
     rows += [(verbs[name], use["line"]) for name, use in found["use"].items() if use is not None]
     return table(rows)

@@ -79,7 +79,7 @@ def inpainting_options(function: F) -> F:
             help="Factor of the gradient. With text, 0.01 converges a hundred times sooner than 1.",
         ),
         click.option(
-            "--box", type=value_range, metavar="LO,HI", help="Range of the values, for flows trained on floats."
+            "--box", type=value_range, metavar="LO,HI", help="Range of the values, for flows of floats without --logit."
         ),
         fixed_context_option,
         click.option("--seed", type=SEED, default=0, show_default=True, help="Of random masks, start and noise."),

@@ -60,10 +60,12 @@ class Display(Callback):
         if self._json:
             self._line(json.dumps(epoch_json(record, rate, progress.seconds_left)))
         else:
+            averaged = record.average_log_likelihood
+            beside = "" if math.isnan(averaged) else f" (averaged {_nats(averaged)})"
             best = " *" if trainer.record.best_epoch == record.epoch and self._run.splits.valid is not None else ""
             self._unshown = (
                 f"epoch {record.epoch}/{progress.epochs}  train {_nats(record.train_log_likelihood)}  "
-                f"valid {_nats(record.valid_log_likelihood)} nats{best}  {_count(rate)} rows/s"
+                f"valid {_nats(record.valid_log_likelihood)} nats{beside}{best}  {_count(rate)} rows/s"
                 + ("" if math.isnan(progress.seconds_left) else f"  {clock(progress.seconds_left)} left")
             )
             if self._bar is None or record.epoch % self._every == 0:
@@ -137,6 +139,7 @@ def epoch_json(record: EpochRecord, rows_per_second: float, seconds_left: float)
         "epoch": record.epoch,
         "train_log_likelihood": plain(record.train_log_likelihood),
         "valid_log_likelihood": plain(record.valid_log_likelihood),
+        "average_log_likelihood": plain(record.average_log_likelihood),
         "learning_rate": plain(record.learning_rate),
         "seconds": plain(record.seconds),
         "rows_per_second": plain(rows_per_second),

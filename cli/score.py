@@ -107,7 +107,7 @@ def score(
     weights count by them in the mean that is printed and in the figures.
     """
     from nicecp.cli.ranks import join
-    from nicecp.data_spec import spec_of
+    from nicecp.data_spec import files_in, spec_of
     from nicecp.score_file import score_file
 
     ranks = join()
@@ -115,7 +115,7 @@ def score(
     if plot is not None:
         from nicecp.score_plots import check_plots
 
-        check_plots(plot, overwrite, checkpoint, data, out)
+        check_plots(plot, overwrite, checkpoint, *files_in(spec), out)
     with _bar() as progress:
         scored = score_file(
             checkpoint, spec, out, draws=draws, seed=seed, overwrite=overwrite, device=device, threads=threads,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nicecp.cli.console import note
+from nicecp.cli.optimizer_options import NUMBERS, PRESET, number_options
 from nicecp.cli.options import (
     SEED,
     beside_options,
@@ -25,6 +26,7 @@ from nicecp.cli.options import (
 )
 from nicecp.cli.stops import describe_stop
 from nicecp.errors import CheckpointError
+from nicecp.outputs import same_file
 
 if TYPE_CHECKING:
     from nicecp.run import Run
@@ -34,6 +36,7 @@ EXAMPLES = """\
   nicecp train --data mnist.h5 --out mnist-run.h5 --checkpoint-every 10min
   nicecp train --data table.h5:/measurements --hidden 2x64 --epochs 100 --out table-run.h5
   nicecp train --data table.h5 --coupling affine,additive --hidden 2x64/64/2x64/64 --out table-run.h5
+  nicecp train --data table.h5 --couplings 8 --repartition 2 --out table-run.h5
   nicecp train --data table.h5 --transform auto --out table-run.h5
   nicecp train --data table.h5 --transform 'mass=log,phi=angle,eff=logit(0:1),*=quantile'
   nicecp train --data chain.h5:/mcmc/chain --burn 500 --thin 10 --out posterior.h5
@@ -45,34 +48,9 @@ EXAMPLES = """\
   nicecp train --resume mnist-run.h5
   nicecp train --resume mnist-run.h5 --epochs 2000
 """
-PRESET = "from the preset"
 _PAPERS = ("mnist", "tfd", "svhn", "cifar10")
-PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), "tabular", "tabular-large", "demo")
-
-# Options that set a number of an optimiser: option, the number's name (nicecp.optimizers), type, help.
-_POSITIVE = click.FloatRange(0, min_open=True)
-_BELOW_ONE = click.FloatRange(0, 1, max_open=True)
-_UP_TO_ONE = click.FloatRange(0, 1, min_open=True)
-_NUMBERS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--lr", "rate", _POSITIVE, "Learning rate."),
-    ("--momentum", "momentum", _BELOW_ONE, "adam: averaging of gradients (1 - beta1 of the paper)."),
-    ("--beta2", "beta2", _UP_TO_ONE, "adam: as the paper writes it, 0.01 is a decay of 0.99."),
-    ("--lam", "lam", _UP_TO_ONE, "adam: decay of the first-moment coefficient."),
-    ("--epsilon", "epsilon", _POSITIVE, "adam: added to the root mean square."),
-    ("--rate-decay", "rate_decay", click.FloatRange(1), "The rate is divided by this at every update."),
-    ("--rate-floor", "rate_floor", click.FloatRange(0), "The rate does not fall below this."),
-    ("--average", "average", _BELOW_ONE, "rmsprop: averaging of squared gradients."),
-    ("--rms-floor", "floor", _POSITIVE, "rmsprop: lower bound of the root mean square."),
-    ("--momentum-start", "momentum_start", _BELOW_ONE, "rmsprop: momentum of the first epochs."),
-    ("--momentum-end", "momentum_end", _BELOW_ONE, "rmsprop: momentum after them."),
-    ("--momentum-epoch", "momentum_epoch", click.IntRange(0), "rmsprop: how many first epochs."),
-)
-
-
-def _number_options(function: Any) -> Any:
-    for option, name, kind, text in reversed(_NUMBERS):
-        function = click.option(option, f"number_{name}", type=kind, show_default=PRESET, help=text)(function)
-    return function
+_TABLES = ("tabular", "tabular-large", "tabular-spline")
+PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), *_TABLES, "demo")
 
 
 @command("train", EXAMPLES)
@@ -87,8 +65,8 @@ def _number_options(function: Any) -> Any:
     type=click.Choice([*PRESETS]),
     default="auto",
     show_default=True,
-    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats; tabular-large is slower and "
-    "better. mnist, tfd, svhn, cifar10 are the paper's, those with -code the authors' published files.",
+    help="Settings to begin with; auto is mnist for 8-bit data, tabular for floats, tabular-spline slower and better. "
+    "mnist, tfd, svhn, cifar10 are the paper's, those with -code the authors' published files.",
 )
 @click.option("--epochs", type=click.IntRange(1, 2**31 - 1), show_default=PRESET, help="Passes over the training rows.")
 @click.option("--batch-size", type=click.IntRange(1, 2**24), show_default=PRESET, help="Rows in a training step.")
@@ -105,7 +83,8 @@ def _number_options(function: Any) -> Any:
     type=laws,
     metavar="LAW[,LAW...]",
     show_default="additive",
-    help="What a coupling does: additive (shifts), multiplicative (scales) or affine (both); several take turns.",
+    help="What a coupling does: additive (shifts), multiplicative (scales), affine (both) or spline (bends); several "
+    "take turns.",
 )
 @click.option(
     "--partition",
@@ -120,23 +99,37 @@ def _number_options(function: Any) -> Any:
     help="Their permutation: all 0-based column numbers as text; the first half (rounded up) is the first part.",
 )
 @click.option(
+    "--repartition",
+    type=click.IntRange(0, 1024),
+    metavar="N",
+    show_default="never",
+    help="After every N couplings the seed draws other parts; 2 suits tables of few columns.",
+)
+@click.option(
     "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."
 )
 @click.option(
     "--optimizer", type=click.Choice(["adam", "rmsprop"]), show_default=PRESET, help="How weights are updated."
 )
-@_number_options
+@number_options
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "cosine"]),
     show_default=PRESET,
-    help="Of the learning rate over the epochs: cosine falls to almost 0.",
+    help="Of the learning rate over the epochs: cosine falls to almost 0 in the last of --epochs.",
 )
 @click.option(
     "--weight-decay",
     type=click.FloatRange(0),
     show_default=PRESET,
     help="After each update the networks' weights are multiplied by 1 - rate times this.",
+)
+@click.option(
+    "--weight-average",
+    metavar="none|tail:EPOCHS|ema:DECAY",
+    show_default="none",
+    help="Validate averaged parameters beside each epoch's own, and keep the better ones: their mean over the last "
+    "EPOCHS of the run, or a moving average that keeps DECAY of itself at every epoch, such as 0.95.",
 )
 @click.option(
     "--patience",
@@ -215,7 +208,7 @@ def _number_options(function: Any) -> Any:
     type=byte_size,
     metavar="SIZE",
     show_default="all there is",
-    help="Memory of a GPU for the training data, such as 2GiB; more of them stream, to the same result.",
+    help="Memory of a GPU (CPUs have none) for training data, such as 2GiB; more of them stream, to the same result.",
 )
 @click.option(
     "--checkpoint-every",
@@ -271,17 +264,21 @@ def train(
         raise click.UsageError("say what to train on: --data FILE.h5, --data demo, or --resume run.h5")
     if resume is not None and out is not None:
         raise click.UsageError("--out cannot be given with --resume: a resumed run goes on with its own files")
+    if resume is not None and overwrite:
+        raise click.UsageError("--overwrite is for new runs: a resumed run replaces its own files anyway")
     if resume is not None and (dry_run or profile):
         raise click.UsageError(f"--{'dry-run' if dry_run else 'profile'} is for new runs: leave --resume out")
     if resume is None and allow_changed_data:
         raise click.UsageError("--allow-changed-data is for runs that go on: give it with --resume")
     if partition is not None and partition_file is not None:
         raise click.UsageError("--partition and --partition-file are two ways to say one thing: leave one out")
+    if partition_file is not None and same_file(partition_file, out or "run.h5"):
+        raise click.UsageError(f"the run would replace its --partition-file {partition_file!r}: choose another --out")
     rows = {name: given.pop(name) for name in ("columns", "select", "burn", "thin")}
     settings: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
-        "numbers": {name: given.pop(f"number_{name}") for _, name, _, _ in _NUMBERS},
+        "numbers": {name: given.pop(f"number_{name}") for _, name, _, _ in NUMBERS},
         "partition": partition,
         "value_range": range_,
         "standardize": False if no_standardize else None,
@@ -331,40 +328,14 @@ def train(
 
 
 # Settings under the names of their options, where these differ by more than dashes.
-_OPTIONS = {name: option for option, name, _, _ in _NUMBERS} | {"range": "--range", "value_range": "--range"}
-_NAMES = (
-    "epochs",
-    "batch_size",
-    "hidden",
-    "couplings",
-    "coupling",
-    "prior",
-    "patience",
-    "seed",
-    "dtype",
-    "preset",
-    "optimizer",
-    "precision",
-    "device_memory_limit",
-    "partition",
-    "schedule",
-    "weight_decay",
-    "transform",
-)
+_OPTIONS = {name: option for option, name, _, _ in NUMBERS} | {"range": "--range", "value_range": "--range"}
 _OPTIONS["order"] = "--partition-file"
-_OPTIONS |= {
-    name: "--" + name.replace("_", "-")
-    for name in (
-        *_NAMES,
-        "valid_fraction",
-        "whiten",
-        "regularization",
-        "logit",
-        "activations",
-        "transform",
-        "memory_limit",
-    )
-}
+_NAMES = (
+    "epochs", "batch_size", "hidden", "couplings", "coupling", "prior", "patience", "seed", "dtype", "preset",
+    "optimizer", "precision", "partition", "repartition", "device_memory_limit", "schedule", "weight_decay",
+    "weight_average", "transform", "whiten", "valid_fraction", "regularization", "logit", "activations", "memory_limit",
+)  # fmt: skip
+_OPTIONS |= {name: "--" + name.replace("_", "-") for name in _NAMES}
 _SWITCHES = {
     "standardize is True in the run, False was asked for": "the run standardised its columns (no --no-standardize)",
     "allow_constant is False in the run, True was asked for": "the run had no --allow-constant",

@@ -121,7 +121,8 @@ def _further(run: Run) -> str:
 
 def ending(run: Run, outcome: Outcome) -> str:
     record = outcome.record
-    rows = [("epochs", f"{_why(run)}; the best is {record.best_epoch}")]
+    averaged = f", averaged over {plural(record.best_average, 'epoch')}" if record.best_average else ""
+    rows = [("epochs", f"{_why(run)}; the best is {record.best_epoch}{averaged}")]
     for name, evaluation in (("train", outcome.train), ("valid", outcome.valid), ("test", outcome.test)):
         if evaluation is not None:
             rows.append((name, evaluation_text(evaluation)))
@@ -169,6 +170,7 @@ def outcome_json(run: Run, outcome: Outcome, already: bool) -> dict[str, Any]:
         "epochs": record.epoch,
         "best_epoch": record.best_epoch,
         "best_valid_log_likelihood": plain(record.best_valid_log_likelihood),
+        "best_average": record.best_average,
         "train": evaluation_json(outcome.train),
         "valid": evaluation_json(outcome.valid),
         "test": evaluation_json(outcome.test),
@@ -208,7 +210,7 @@ def show_profile(run: Run, as_json: bool) -> None:
 
 def show_plan(run: Run, as_json: bool) -> None:
     """What training would take."""
-    cost = cost_of_run(run.settings, run.splits)
+    cost = cost_of_run(run.settings, run.splits, run.flow.backend.device)
     timing = time_steps(run.trainer)
     steps = run.trainer.reader.n_batches
     total = timing.epoch * run.settings.epochs
@@ -235,7 +237,8 @@ def show_plan(run: Run, as_json: bool) -> None:
             "memory",
             f"{as_bytes(cost.memory_bytes)}: parameters, gradients, moments and best model "
             f"{as_bytes(cost.parameter_bytes)}, buffers {as_bytes(cost.buffer_bytes)}, "
-            f"data {as_bytes(cost.data_bytes)}",
+            f"data {as_bytes(cost.data_bytes)}"
+            + (f", page-locked {as_bytes(cost.pinned_bytes)}" if cost.pinned_bytes else ""),
         ),
         (
             "one step",

@@ -19,10 +19,11 @@ from nicecp.kernels._numba_factors import _bounded, _factor
 from nicecp.kernels._numba_layers import _exp_minus
 from nicecp.kernels._numba_native import call_block, number_at, put_at
 from nicecp.kernels._numba_simd import BLOCK_BYTES, dense_block
+from nicecp.kernels._numba_spline import couple_rows
 from nicecp.kernels._numba_transforms import transform
 from nicecp.kernels.backend import FACTOR_BOUND
 from nicecp.kernels.jit import c_function, inlined, kernel
-from nicecp.kernels.point import PointOp
+from nicecp.kernels.point import Law, PointOp
 
 # Numba takes constants from this module's own names.
 _HEADER, _SIZE, _ROWS, _SCRATCH = one_point._HEADER, one_point._SIZE, one_point._ROWS, one_point._SCRATCH
@@ -30,7 +31,8 @@ _NUMBERS, _ARRAYS, _LOG_DET = one_point._NUMBERS, one_point._ARRAYS, one_point._
 _FEATURES, _CONTEXT_SIZE, FAILED = one_point._FEATURES, one_point._CONTEXT_SIZE, one_point.FAILED
 _SHIFT, _STANDARDIZE, _CHECK, _GATHER = PointOp.SHIFT, PointOp.STANDARDIZE, PointOp.CHECK, PointOp.GATHER
 _CONTEXT, _DENSE, _COUPLE, _PRIOR = PointOp.CONTEXT, PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR
-_DOUBLE, _INTEGER = np.float64(0), np.int64(0)
+_PERMUTE = PointOp.PERMUTE
+_DOUBLE, _INTEGER, _SPLINE = np.float64(0), np.int64(0), Law.SPLINE
 _BOUND, _HALF_LOG_2PI = FACTOR_BOUND, 0.5 * math.log(2.0 * math.pi)
 _PRODUCT = 64  # factors of at most 2 that are multiplied before a logarithm is taken: they cannot overflow
 _LINE = 64  # bytes: a vector that lies across two cache lines takes two loads
@@ -98,6 +100,8 @@ def _core(one: Any, transforms: bool) -> Any:
                     if second == 0:
                         for c in range(0, count * BLOCK_BYTES, size):
                             put_at(z + c, number_at(z + c, one) + number_at(other + c, one))
+                    elif second == _SPLINE:
+                        couple_rows(total, z, other, count, rows, number_at(a, _INTEGER), one)
                     else:
                         for c in range(0, count * BLOCK_BYTES, BLOCK_BYTES):
                             for r in range(rows):
@@ -133,6 +137,13 @@ def _core(one: Any, transforms: bool) -> Any:
                         values = other + wide * number_at(a + 8 * c, _INTEGER)
                         for r in range(rows):
                             put_at(z + c * BLOCK_BYTES + size * r, real(number_at(values + 8 * r, _DOUBLE)))
+                elif op == _PERMUTE:
+                    m, rest = number_at(row + _NUMBERS + 32, _INTEGER), base + wide * second
+                    for c in range(count):
+                        at = number_at(a + 8 * c, _INTEGER)
+                        values = other + at * BLOCK_BYTES if at < m else rest + (at - m) * BLOCK_BYTES
+                        for r in range(0, BLOCK_BYTES, size):
+                            put_at(z + c * BLOCK_BYTES + r, number_at(values + r, one))
                 elif op == _CONTEXT:
                     for c in range(count):
                         for r in range(rows):

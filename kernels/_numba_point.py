@@ -16,10 +16,11 @@ from nicecp.kernels._numba_factors import _bounded, _factor
 from nicecp.kernels._numba_layers import _exp_minus
 from nicecp.kernels._numba_native import call_point, item_size, number_at, put_at
 from nicecp.kernels._numba_simd import dense_row
+from nicecp.kernels._numba_spline import couple_rows
 from nicecp.kernels._numba_transforms import transform
 from nicecp.kernels.backend import FACTOR_BOUND
 from nicecp.kernels.jit import c_function, inlined, kernel
-from nicecp.kernels.point import PointField, PointOp
+from nicecp.kernels.point import Law, PointField, PointOp
 
 # In bytes: programs are read at their address.
 _HEADER, _SIZE, _NUMBERS, _ARRAYS = (
@@ -29,7 +30,9 @@ _ROWS, _SCRATCH, _LOG_DET = (8 * word for word in (PointField.ROWS, PointField.S
 _FEATURES, _CONTEXT_SIZE = 8 * PointField.FEATURES, 8 * PointField.CONTEXT
 _SHIFT, _CHECK, _GATHER, _CONTEXT = PointOp.SHIFT, PointOp.CHECK, PointOp.GATHER, PointOp.CONTEXT
 _DENSE, _COUPLE, _PRIOR, _STANDARDIZE = PointOp.DENSE, PointOp.COUPLE, PointOp.PRIOR, PointOp.STANDARDIZE
+_PERMUTE = PointOp.PERMUTE
 _DOUBLE, _INTEGER = np.float64(0), np.int64(0)
+_SPLINE = Law.SPLINE
 _BOUND, _HALF_LOG_2PI = FACTOR_BOUND, 0.5 * math.log(2.0 * math.pi)
 _PRODUCT = 64  # factors of at most 2 that are multiplied before a logarithm is taken: they cannot overflow
 FAILED = math.inf  # what the core returns where a finite point has no finite log-density
@@ -84,8 +87,10 @@ def _core(one: Any, transforms: bool) -> Any:
 
         program, x, context : addresses, the last two of float64; lines in bytes.
         """
-        work = np.empty(number_at(program + _SCRATCH, _INTEGER), np.float64)
+        scratch = number_at(program + _SCRATCH, _INTEGER)
+        work = np.empty(scratch + 1, np.float64)
         base = work.ctypes.data
+        gained = base + 8 * scratch
         total = number_at(program + _LOG_DET, _DOUBLE)
         unknown, infinite = False, False
         for c in range(number_at(program + _FEATURES, _INTEGER)):
@@ -112,6 +117,10 @@ def _core(one: Any, transforms: bool) -> Any:
                     dense_row(z, other, a, b, n, second, relu, _DOUBLE)
                 else:
                     dense_row(z, other, a, b, n, second, relu, one)
+            elif op == _COUPLE and second == _SPLINE:
+                put_at(gained, 0.0)
+                couple_rows(gained, z, other, n, 1, number_at(a, _INTEGER), _DOUBLE)
+                total += number_at(gained, _DOUBLE)
             elif op == _COUPLE:
                 total += _couple(z, other, n, second)
             elif op == _PRIOR:
@@ -135,6 +144,11 @@ def _core(one: Any, transforms: bool) -> Any:
                 for c in range(0, 8 * n, 8):
                     value = number_at(z + c, _DOUBLE) - number_at(a + c, _DOUBLE)
                     put_at(z + c, value / number_at(b + c, _DOUBLE))
+            elif op == _PERMUTE:
+                m, rest = number_at(row + _NUMBERS + 32, _INTEGER), base + 8 * second
+                for c in range(0, 8 * n, 8):
+                    at = number_at(a + c, _INTEGER)
+                    put_at(z + c, number_at(other + 8 * at if at < m else rest + 8 * (at - m), _DOUBLE))
             elif transforms:  # else Numba does not compile what follows
                 value, log_slope = transform(n, number_at(z, _DOUBLE), a, b)
                 put_at(z, value)

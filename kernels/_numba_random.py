@@ -35,6 +35,29 @@ def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _key(seed):  # type: ignore[no-untyped-def]
+    """The two key words of a 64-bit seed, low word first."""
+    return np.uint64(seed) & _MASK, np.uint64(seed) >> _32
+
+
+@inlined
+def _row_words(row, purpose):  # type: ignore[no-untyped-def]
+    """The second and the fourth counter word of a row of the file."""
+    number = np.uint64(row)
+    return number & _MASK, (np.uint64(purpose) << _24) | (number >> _32)
+
+
+@inlined
+def _is_padding(x0, x1, weight, i, at):  # type: ignore[no-untyped-def]
+    """Whether row i of a batch, row ``at`` of the data, is none: then zeros of weight 0, else its weight is 1."""
+    weight[i] = 0.0 if at < 0 else 1.0
+    if at < 0:
+        x0[i] = 0.0
+        x1[i] = 0.0
+    return at < 0
+
+
+@inlined
 def _uniform52(a, b):  # type: ignore[no-untyped-def]
     """Two words -> a float64 in (0, 1), never 0 or 1: 52 bits and a half."""
     return ((a >> _6) * _TWO26 + (b >> _6) + 0.5) * _UNIT52
@@ -45,20 +68,13 @@ def load_bytes(x0, x1, weight, data, index, rows, shift, scale, epoch, seed, pur
     """data : (m, d) uint8 -> x0 : (n, d0), x1 : (n, d1), dequantized; weight : (n,)."""
     n = x0.shape[0]
     d = data.shape[1]
-    k0 = np.uint64(seed) & _MASK
-    k1 = np.uint64(seed) >> _32
+    k0, k1 = _key(seed)
     c2 = np.uint64(epoch)
     for i in range(n):
         at = index[i]
-        if at < 0:
-            weight[i] = 0.0
-            x0[i] = 0.0
-            x1[i] = 0.0
+        if _is_padding(x0, x1, weight, i, at):
             continue
-        weight[i] = 1.0
-        row = np.uint64(rows[i])
-        c1 = row & _MASK
-        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        c1, c3 = _row_words(rows[i], purpose)
         for block in range((d + 7) // 8):
             w0, w1, w2, w3 = _philox(np.uint64(block), c1, c2, c3, k0, k1)
             words = (w0, w1, w2, w3)
@@ -79,12 +95,8 @@ def load_floats(x0, x1, weight, data, index, shift, scale):  # type: ignore[no-u
     n = x0.shape[0]
     for i in range(n):
         at = index[i]
-        if at < 0:
-            weight[i] = 0.0
-            x0[i] = 0.0
-            x1[i] = 0.0
+        if _is_padding(x0, x1, weight, i, at):
             continue
-        weight[i] = 1.0
         for c in range(x0.shape[1]):
             x0[i, c] = (data[at, 2 * c] - shift[2 * c]) * scale[2 * c]
         for c in range(x1.shape[1]):
@@ -96,20 +108,13 @@ def load_bytes_ordered(x0, x1, weight, data, index, rows, place, shift, scale, e
     """As load_bytes, for any partition: column c of data goes to column place[c] of x0 and x1 side by side."""
     n, d0 = x0.shape
     d = data.shape[1]
-    k0 = np.uint64(seed) & _MASK
-    k1 = np.uint64(seed) >> _32
+    k0, k1 = _key(seed)
     c2 = np.uint64(epoch)
     for i in range(n):
         at = index[i]
-        if at < 0:
-            weight[i] = 0.0
-            x0[i] = 0.0
-            x1[i] = 0.0
+        if _is_padding(x0, x1, weight, i, at):
             continue
-        weight[i] = 1.0
-        row = np.uint64(rows[i])
-        c1 = row & _MASK
-        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        c1, c3 = _row_words(rows[i], purpose)
         for block in range((d + 7) // 8):
             words = _philox(np.uint64(block), c1, c2, c3, k0, k1)
             for c in range(block * 8, min(block * 8 + 8, d)):
@@ -130,12 +135,8 @@ def load_floats_ordered(x0, x1, weight, data, index, order, shift, scale):  # ty
     n, d0 = x0.shape
     for i in range(n):
         at = index[i]
-        if at < 0:
-            weight[i] = 0.0
-            x0[i] = 0.0
-            x1[i] = 0.0
+        if _is_padding(x0, x1, weight, i, at):
             continue
-        weight[i] = 1.0
         for c in range(d0):
             x0[i, c] = (data[at, order[c]] - shift[order[c]]) * scale[order[c]]
         for c in range(x1.shape[1]):
@@ -147,13 +148,11 @@ def load_floats_ordered(x0, x1, weight, data, index, order, shift, scale):  # ty
 def fill_uniform(out, seed, purpose, epoch, first_row):  # type: ignore[no-untyped-def]
     """out : (n, k) = 16 bits * 2^-16."""
     n, k = out.shape
-    k0 = np.uint64(seed) & _MASK
-    k1 = np.uint64(seed) >> _32
+    k0, k1 = _key(seed)
     for i in range(n):
-        row = np.uint64(first_row + i)
-        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        c1, c3 = _row_words(first_row + i, purpose)
         for block in range((k + 7) // 8):
-            words = _philox(np.uint64(block), row & _MASK, np.uint64(epoch), c3, k0, k1)
+            words = _philox(np.uint64(block), c1, np.uint64(epoch), c3, k0, k1)
             for j in range(4):
                 c = block * 8 + 2 * j
                 if c < k:
@@ -166,13 +165,11 @@ def fill_uniform(out, seed, purpose, epoch, first_row):  # type: ignore[no-untyp
 def fill_normal(out, seed, purpose, epoch, first_row):  # type: ignore[no-untyped-def]
     """out : (n, k) standard normal, Box-Muller in float64."""
     n, k = out.shape
-    k0 = np.uint64(seed) & _MASK
-    k1 = np.uint64(seed) >> _32
+    k0, k1 = _key(seed)
     for i in range(n):
-        row = np.uint64(first_row + i)
-        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        c1, c3 = _row_words(first_row + i, purpose)
         for block in range((k + 1) // 2):
-            a, b, c, d = _philox(np.uint64(block), row & _MASK, np.uint64(epoch), c3, k0, k1)
+            a, b, c, d = _philox(np.uint64(block), c1, np.uint64(epoch), c3, k0, k1)
             radius = math.sqrt(-2.0 * math.log(_uniform52(a, b)))
             angle = 2.0 * math.pi * _uniform52(c, d)
             out[i, 2 * block] = radius * math.cos(angle)
@@ -184,13 +181,11 @@ def fill_normal(out, seed, purpose, epoch, first_row):  # type: ignore[no-untype
 def fill_logistic(out, seed, purpose, epoch, first_row):  # type: ignore[no-untyped-def]
     """out : (n, k) standard logistic, log(u / (1 - u)) in float64."""
     n, k = out.shape
-    k0 = np.uint64(seed) & _MASK
-    k1 = np.uint64(seed) >> _32
+    k0, k1 = _key(seed)
     for i in range(n):
-        row = np.uint64(first_row + i)
-        c3 = (np.uint64(purpose) << _24) | (row >> _32)
+        c1, c3 = _row_words(first_row + i, purpose)
         for block in range((k + 1) // 2):
-            a, b, c, d = _philox(np.uint64(block), row & _MASK, np.uint64(epoch), c3, k0, k1)
+            a, b, c, d = _philox(np.uint64(block), c1, np.uint64(epoch), c3, k0, k1)
             u = _uniform52(a, b)
             out[i, 2 * block] = math.log(u / (1.0 - u))
             if 2 * block + 1 < k:

@@ -9,11 +9,12 @@ import numpy as np
 from numba import carray
 
 from nicecp.kernels import _numba_layers as layers
-from nicecp.kernels._numba_columns import copy_columns, gather
+from nicecp.kernels._numba_columns import copy_columns, gather, permute
 from nicecp.kernels._numba_factors import accumulate, factor_backward, factor_forward
 from nicecp.kernels._numba_logit import logit_forward
 from nicecp.kernels._numba_native import arrive, gemm_rows, item_size, pointer
 from nicecp.kernels._numba_random import load_bytes, load_bytes_ordered, load_floats, load_floats_ordered
+from nicecp.kernels._numba_spline import OUTPUTS, spline_backward, spline_forward
 from nicecp.kernels.backend import Slot
 from nicecp.kernels.jit import inlined, kernel
 from nicecp.kernels.tape import Field, Op
@@ -26,9 +27,9 @@ _BIAS_RELU_BACKWARD, _COUPLE, _LOSS = Op.BIAS_RELU_BACKWARD, Op.COUPLE, Op.LOSS
 _SCALE_PRIOR_FORWARD, _SCALE_PRIOR_BACKWARD = Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD
 _SCALE_INVERSE, _UPDATE, _ADVANCE = Op.SCALE_INVERSE, Op.UPDATE, Op.ADVANCE
 _FACTOR_FORWARD, _FACTOR_BACKWARD, _ACCUMULATE = Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE
-_LOGIT_FORWARD = Op.LOGIT_FORWARD
-_GATHER, _COPY_COLUMNS = Op.GATHER, Op.COPY_COLUMNS
-_STATE, _CURSOR, _EPOCH = Slot.SIZE, Slot.CURSOR, Slot.EPOCH
+_LOGIT_FORWARD, _SPLINE_FORWARD, _SPLINE_BACKWARD = Op.LOGIT_FORWARD, Op.SPLINE_FORWARD, Op.SPLINE_BACKWARD
+_GATHER, _COPY_COLUMNS, _PERMUTE = Op.GATHER, Op.COPY_COLUMNS, Op.PERMUTE
+_STATE, _CURSOR, _EPOCH, _OUTPUTS = Slot.SIZE, Slot.CURSOR, Slot.EPOCH, OUTPUTS
 _BYTE, _SINGLE, _DOUBLE, _INTEGER = np.uint8(0), np.float32(0), np.float64(0), np.int64(0)
 
 
@@ -92,6 +93,14 @@ def _beside(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
         to, width, start, from_, size = number[0], number[1], number[2], number[3], item_size(one)
         out, x = _matrix(at[0] + a * to * size, n, to, one), _matrix(at[1] + a * width * size, n, width, one)
         copy_columns(out, start, x, from_, number[4])
+        return
+    if code == _PERMUTE:
+        d, size = number[0], item_size(one)
+        d0, d1 = (d + 1) // 2, d // 2
+        first, second = a * d0 * size, a * d1 * size
+        y0, y1 = _matrix(at[0] + first, n, d0, one), _matrix(at[1] + second, n, d1, one)
+        x0, x1 = _matrix(at[2] + first, n, d0, one), _matrix(at[3] + second, n, d1, one)
+        permute(y0, y1, x0, x1, _vector(at[4], d, _INTEGER))
         return
     all_rows, k, m, given, out_wide, wide = number[0], number[1], number[2], number[3], number[4] != 0, number[5] != 0
     first = np.int64(_vector(at[3], _STATE, _DOUBLE)[_CURSOR]) * all_rows + a
@@ -178,6 +187,21 @@ def _factors(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _splines(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
+    k, function, n, size = number[0], number[1], b - a, item_size(one)  # rows
+    width, skipped = k * _OUTPUTS, a * k * size
+    if code == _SPLINE_FORWARD:
+        y, x = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + skipped, n, k, one)
+        m, log_det = _matrix(at[2] + a * width * size, n, width, one), _vector(at[3] + 8 * a, n, _DOUBLE)
+        spline_forward(y, log_det, x, m, function, number[2] < 0, number[3] != 0)
+        return
+    dx, dm = _matrix(at[0] + skipped, n, k, one), _matrix(at[1] + a * width * size, n, width, one)
+    dy, x = _matrix(at[2] + skipped, n, k, one), _matrix(at[3] + skipped, n, k, one)
+    m, dlog_det = _matrix(at[4] + a * width * size, n, width, one), _vector(at[5] + 8 * a, n, _DOUBLE)
+    spline_backward(dx, dm, dy, dlog_det, x, m, function)
+
+
+@kernel
 def _scale_prior(code, at, number, a, b, one):  # type: ignore[no-untyped-def]
     n, k, prior, switch, size = number[0], number[1], number[2], number[3] != 0, item_size(one)
     if code == _SCALE_PRIOR_BACKWARD:  # columns
@@ -250,9 +274,11 @@ def replay(tape, me, crew, sync, gemm, one):  # type: ignore[no-untyped-def]
                 _scale_prior(code, at, number, a, b, one)
             elif code == _LOGIT_FORWARD:
                 _logit(at, number, a, b, one)
-            elif code == _GATHER or code == _COPY_COLUMNS:
+            elif code == _GATHER or code == _COPY_COLUMNS or code == _PERMUTE:
                 _beside(code, at, number, a, b, one)
             elif code == _FACTOR_FORWARD or code == _FACTOR_BACKWARD or code == _ACCUMULATE:
                 _factors(code, at, number, a, b, one)
+            elif code == _SPLINE_FORWARD or code == _SPLINE_BACKWARD:
+                _splines(code, at, number, a, b, one)
             else:
                 _elementwise(code, at, number, a, b, one)

@@ -18,6 +18,7 @@ from nicecp.kernels.jit import inlined
 from nicecp.kernels.point import ColumnKind
 
 _LOG, _LOGIT, _ANGLE, _STUDENT = ColumnKind.LOG, ColumnKind.LOGIT, ColumnKind.ANGLE, ColumnKind.STUDENT
+_MARGIN = ColumnKind.MARGIN
 _DOUBLE, _INTEGER = np.float64(0), np.int64(0)
 _LOG_2PI = math.log(2.0 * math.pi)
 _EDGE = 2.0**-53  # of a period: an angle on the seam counts as just beside it
@@ -98,7 +99,7 @@ def _quantile(x, table):  # type: ignore[no-untyped-def]
 
 @inlined
 def transform(kind, x, table, functions):  # type: ignore[no-untyped-def]
-    """x -> z and log dz/dx."""
+    """x -> z and log dz/dx, for MARGIN but for a constant."""
     if kind == _LOG:
         z = math.log(x - number_at(table, _DOUBLE))
         return z, -z
@@ -112,6 +113,11 @@ def transform(kind, x, table, functions):  # type: ignore[no-untyped-def]
         u = min(max(turns - np.floor(turns), _EDGE), 1.0 - _EDGE)
         below, above = math.log(u), math.log1p(-u)
         return below - above, -below - above - math.log(period)
+    if kind == _MARGIN:  # what all rows have in common of its log-determinant is in the program's
+        low, scale, margin = number_at(table, _DOUBLE), number_at(table + 8, _DOUBLE), number_at(table + 16, _DOUBLE)
+        p = margin + (1.0 - 2.0 * margin) * ((x - low) * scale)
+        below, above = math.log(p), math.log1p(-p)
+        return below - above, -below - above
     if kind == _STUDENT:
         return _student(x, table, functions)
     return _quantile(x, table)

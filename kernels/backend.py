@@ -19,6 +19,7 @@ Rules that every implementation keeps:
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,10 @@ Ready: TypeAlias = Callable[[int, int], None]
 
 PRIORS = {"gaussian": 0, "logistic": 1}
 FACTOR_BOUND = 3.0  # nats: a coupling's factor lies between exp(-3) and exp(3), 0.05 and 20
+# A spline coupling's: bins of an interval from -BOUND to BOUND, each at least the share LEAST of it; least slope of a
+# knot; OFFSET makes that slope 1 where the network gives 0, STEEP bounds it where networks give millions.
+SPLINE_BINS, SPLINE_BOUND, SPLINE_LEAST, SPLINE_STEEP = 8, 4.0, 1e-3, 1000.0
+SPLINE_OFFSET = math.log(math.expm1(1.0 - SPLINE_LEAST))
 OPTIMIZERS = {"adam": 0, "rmsprop": 1}
 
 
@@ -135,6 +140,15 @@ class Backend(DeviceArrays):
         """x0 : (n, d0), x1 : (n, d1) -> x : (n, d), data column order[c] from column c of both.  Pair: split."""
 
     @abstractmethod
+    def permute(self, y0: Array, y1: Array, x0: Array, x1: Array, index: Array) -> None:
+        """The halves by another order: column c of y0 and y1, side by side, is column index[c] of x0 and x1.
+
+        y0, x0 : (n, d0), y1, x1 : (n, d1), four arrays. index : (d,) int64, a permutation that never changes, as
+        load_batch's order; from one order to another it is np.argsort(one)[other]. log abs det is 0; the inverse, and
+        so the backward pass, is permute by np.argsort(index).
+        """
+
+    @abstractmethod
     def logit_forward(
         self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
     ) -> None:
@@ -225,6 +239,29 @@ class Backend(DeviceArrays):
         """dx = dy * exp(a); dm by u: (dy x exp(a) + dlog_det) (1 - (a / B)^2), by b: dy.  Pair: factor_forward, sign 1.
 
         dx, dy, x : (n, k), dx may be dy; dm, m : (n, k) or (n, 2k); dlog_det : (n,) float64.
+        """
+
+    @abstractmethod
+    def spline_forward(self, y: Array, log_det: Array, x: Array, m: Array, sign: int, first: bool) -> None:
+        """y = the spline of x for sign 1, its inverse for -1, column by column; y, x : (n, k), y may be x.
+
+        m : (n, (3 K - 1) k), K = SPLINE_BINS, a network's output: for each number k columns, K widths, K heights, and
+        slopes at the K - 1 inner knots. With B = SPLINE_BOUND and c = SPLINE_LEAST, widths and heights of
+        bins are 2 B (c + (1 - K c) softmax), from -B on, slopes c + softplus(min(u, SPLINE_STEEP) + SPLINE_OFFSET), and
+        1 at -B and B. In a bin of width w and height h, s = h / w, slopes l and r at its ends, and t = (x - x0) / w,
+
+            y = y0 + h (s t^2 + l t (1 - t)) / (s + (l + r - 2 s) t (1 - t));    outside of [-B, B]  y = x.
+
+        So m = 0 is the identity, y is once continuously differentiable, and slopes lie between 1e-13 and 1e4.
+        log_det : (n,) float64 = (first) or += sign * sum(log dy/dx).  Pair: spline_backward.
+        Sources: Gregory and Delbourgo 1982, equation 2.4; Durkan et al. 2019, "Neural spline flows".
+        """
+
+    @abstractmethod
+    def spline_backward(self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array) -> None:
+        """dx, dm: of dy . y + dlog_det . log_det, by x and by m, of spline_forward with sign 1.
+
+        dx, dy, x : (n, k), dx may be dy; dm, m : (n, (3 K - 1) k); dlog_det : (n,) float64.
         """
 
     @abstractmethod

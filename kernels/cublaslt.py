@@ -28,8 +28,10 @@ OP_N, OP_T = 0, 1
 # cublasLtMatmulDescAttributes_t
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 3, 4, 7, 8, 11, 12
 # cublasLtMatmulPreferenceAttributes_t
-MAX_WORKSPACE_BYTES = 1
+MAX_WORKSPACE_BYTES, REDUCTION_SCHEMES = 1, 3
 MIN_ALIGNMENT = (5, 6, 7, 8)  # of A, B, C, D
+# cublasLtReductionScheme_t: parts of a sum that lie in the workspace and are added in a step of their own, in one order
+APART = 2 | 4
 # cublasLtEpilogue_t
 DEFAULT, BIAS, RELU_BIAS, RELU_AUX_BIAS, DRELU_BGRAD, BGRADA = 1, 4, 6, 134, 152, 256
 
@@ -196,6 +198,7 @@ class Plan:
         products = self._products
         preference = products.new("MatmulPreferenceCreate")
         settings: list[tuple[int, Any]] = [(MAX_WORKSPACE_BYTES, c_uint64(WORKSPACE))]
+        settings += [(REDUCTION_SCHEMES, ctypes.c_uint32(APART))]
         settings += [(attribute, ctypes.c_uint32(self._kind.alignment)) for attribute in MIN_ALIGNMENT]
         for attribute, value in settings:
             products.call("MatmulPreferenceSetAttribute", preference, attribute, byref(value), sizeof(value))

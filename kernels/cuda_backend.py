@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nicecp.kernels.backend import Array, Ready, Slot
+from nicecp.kernels.backend import SPLINE_BINS, Array, Ready, Slot
 from nicecp.kernels.cuda_borders import CudaBorders
 from nicecp.kernels.cuda_calls import (
     GRADIENTS,
@@ -111,6 +111,23 @@ class CudaBackend(CudaBorders):
         reads = (dy, dlog_det, x, m)
         arguments = (dx, dm, *reads, np.int64(n), np.int32(k), np.int32(affine))
         self._launch(named("factor_backward", dx), n * k, arguments, (dx, dm), reads)
+
+    def spline_forward(self, y: Array, log_det: Array, x: Array, m: Array, sign: int, first: bool) -> None:
+        n, k = x.shape
+        check(y.dtype, y=(y, (n, k)), x=(x, (n, k)), m=(m, (n, (3 * SPLINE_BINS - 1) * k)))
+        check(np.float64, log_det=(log_det, (n,)))
+        numbers = (np.int64(n), np.int32(k), np.int32(sign), np.int32(first))
+        reads = (x, m) if first else (x, m, log_det)
+        self._launch(named("spline_forward", y), (n, k), (y, log_det, x, m, *numbers), (y, log_det), reads)
+
+    def spline_backward(self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array) -> None:
+        n, k = x.shape
+        wide = (n, (3 * SPLINE_BINS - 1) * k)
+        check(dx.dtype, dx=(dx, (n, k)), dm=(dm, wide), dy=(dy, (n, k)), x=(x, (n, k)), m=(m, wide))
+        check(np.float64, dlog_det=(dlog_det, (n,)))
+        reads = (dy, dlog_det, x, m)
+        arguments = (dx, dm, *reads, np.int64(n), np.int32(k))
+        self._launch(named("spline_backward", dx), n * k, arguments, (dx, dm), reads)
 
     def accumulate(self, out: Array, x: Array) -> None:
         check(np.float64, out=(out, (len(out),)), x=(x, (len(out),)))

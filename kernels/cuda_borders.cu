@@ -83,6 +83,18 @@ KERNEL(join)(real* __restrict__ x, const real* __restrict__ x0, const real* __re
     }
 }
 
+// y0 : (n, d0), y1 : (n, d - d0), column c of both side by side <- column index[c] of x0 : (n, d0), x1 : (n, d - d0).
+KERNEL(permute)(real* __restrict__ y0, real* __restrict__ y1, const real* __restrict__ x0, const real* __restrict__ x1,
+                const int64* __restrict__ index, int64 n, int d, int d0) {
+    for (int64 t = first_thread(); t < n * d; t += all_threads()) {
+        const Place at = place(t, d);
+        const int64 from = index[at.column];
+        const real value = from < d0 ? x0[at.row * d0 + from] : x1[at.row * (d - d0) + from - d0];
+        if (at.column < d0) y0[at.row * d0 + at.column] = value;
+        else y1[at.row * (d - d0) + at.column - d0] = value;
+    }
+}
+
 // out : (n, k) = source[index[cursor * n + i]] of (m, k), 0 where that is negative; NaN beyond the source.
 template <typename Source>
 INLINE void gather_rows(real* __restrict__ out, const Source* __restrict__ source, const int64* __restrict__ index,

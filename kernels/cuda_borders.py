@@ -10,7 +10,7 @@ from nicecp.kernels.cuda_device import CudaDevice, check
 from nicecp.kernels.cuda_driver import Driver
 
 _LOADS = {"uint8": "load_bytes", "float32": "load_floats", "float64": "load_doubles"}
-KEPT_ORDERS = 64  # a flow has one
+KEPT_ORDERS = 64  # a flow has one, and two for every change of its partition
 _GATHERS = {"float32": "gather_floats", "float64": "gather_doubles"}
 
 
@@ -84,6 +84,14 @@ class CudaBorders(CudaDevice):
         if len(self._orders) >= KEPT_ORDERS:
             self._orders.clear()
         self._orders[key] = order
+
+    def permute(self, y0: Array, y1: Array, x0: Array, x1: Array, index: Array) -> None:
+        (n, d0), d = x0.shape, len(index)
+        check(x0.dtype, y0=(y0, (n, d0)), y1=(y1, (n, d // 2)), x0=(x0, (n, (d + 1) // 2)), x1=(x1, (n, d // 2)))
+        self._check_order(index, d)
+        writes, reads = (y0, y1), (x0, x1, index)
+        arguments = (*writes, *reads, np.int64(n), np.int32(d), np.int32(d0))
+        self._launch(named("permute", y0), n * d, arguments, writes, reads)
 
     def gather(self, out: Array, source: Array, index: Array, state: Array) -> None:
         n, m = len(out), len(source)

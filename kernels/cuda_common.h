@@ -14,7 +14,8 @@ typedef unsigned long long uint64;
 #define PASTE(a, b) PASTE_(a, b)
 #define THREADS 256  // of every block
 #define RESIDENT (sizeof(real) == 4 ? 4 : 3)  // blocks that a multiprocessor has registers for: 64 or 80 of them a thread
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) PASTE(name, SUFFIX)
+#define KERNEL_WITH(name, resident) extern "C" __global__ void __launch_bounds__(THREADS, resident) PASTE(name, SUFFIX)
+#define KERNEL(name) KERNEL_WITH(name, RESIDENT)
 #define INLINE __device__ __forceinline__
 
 // --- memory: 16 bytes at a time where all of it is aligned ----------------------------------------

@@ -1,7 +1,7 @@
 """The CUDA backend's driver on a real GPU: CuPy for memory, compilation, streams and graphs, cuBLASLt for products.
 
-Nothing here runs on CuPy's current stream: a user's own CuPy code may use any. All work is on two streams of our own
-that the legacy stream does not synchronise with; a third one carries data to the device meanwhile.
+Nothing here runs on CuPy's current stream: a user's own CuPy code may use any. All work is on streams of our own
+(kernels/cuda_streams.py): a main one, two beside it, and one that carries data to the device meanwhile.
 
 Graphs: a captured step refers to addresses, so nothing is allocated while one is captured, whoever captures keeps the
 arrays alive, and kernels and products are made ready before (``kernel``, ``prepare``): loading a module or choosing an
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,13 @@ from nicecp.kernels.backend import Array
 from nicecp.kernels.cublaslt import Kind, Plan
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, Dims, Epilogue, Kernel, MaskedBiasGradient, ReluBias
 from nicecp.kernels.cuda_pinned import Staging, pinned
+from nicecp.kernels.cuda_streams import Streams, Token
 
 PRECISIONS = ("float32", "tf32")
 
 
-@dataclass
-class Token:
-    """A side block or an upload; ``event`` is recorded at its end."""
-
-    event: Any = None
-
-
 class CupyDriver:
-    """See kernels.cuda_driver.Driver. One for each precision in a process (nicecp.kernels.get_backend).
+    """See kernels.cuda_driver.Driver and Lanes. One for each precision in a process (nicecp.kernels.get_backend).
 
     cupy : the module; products : cuBLASLt; Raises DeviceError where the GPU does not answer.
     """
@@ -48,13 +42,9 @@ class CupyDriver:
         self.cupy, self._products, self.precision = cupy, products, precision
         with self._reporting("start"):
             properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-            self._main, self._side, self._copy = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+            self._streams = Streams(cupy)
         self.name: str = properties["name"].decode("utf-8", "replace")
         self.blocks = int(properties["multiProcessorCount"]) * (int(properties["maxThreadsPerMultiProcessor"]) // 256)
-        self._current = self._main
-        self._open: Token | None = None  # the last side block, until the main stream has waited for it
-        self._capturing = False
-        self._held: list[Any] = []  # events of the running capture
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Kernel] = {}
         self._workspaces: dict[int, Array] = {}
@@ -67,25 +57,25 @@ class CupyDriver:
     # --- memory -----------------------------------------------------------------------------------
 
     def alloc(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
-        if self._capturing:
+        if self._streams.capturing:
             raise RuntimeError("memory was asked for while a step is captured")
-        with self._reporting("allocate", shape, dtype), self._main:
+        with self._reporting("allocate", shape, dtype), self._streams.main:
             return self.cupy.zeros(shape, np.dtype(dtype))
 
     def to_device(self, dst: Array, src: NDArray[Any]) -> None:
         self._check_copy(dst, src)
         with self._reporting("copy to the GPU"):
-            self._join()
-            self._staging.to_device(self.address(dst), src, self._main)
+            self._streams.join()
+            self._staging.to_device(self.address(dst), src, self._streams.main)
 
     def to_host(self, src: Array) -> NDArray[Any]:
         with self._reporting("copy from the GPU"):
-            self._join()
+            self._streams.join()
             if not src.flags.c_contiguous:
-                with self._main:
+                with self._streams.main:
                     src = self.cupy.ascontiguousarray(src)
             out = np.empty(src.shape, src.dtype)
-            self._staging.to_host(out, self.address(src), self._main)
+            self._staging.to_host(out, self.address(src), self._streams.main)
             return out
 
     def address(self, array: Array) -> int:
@@ -99,29 +89,29 @@ class CupyDriver:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        if self._capturing:
+        if self._streams.capturing:
             raise RuntimeError("CuPy's own arithmetic is not captured")
-        with self._reporting("compute"), self._main:
-            self._join()
+        with self._reporting("compute"), self._streams.main:
+            self._streams.join()
             yield
 
     def borrow(self, x: Any) -> Array:
         # PyTorch makes our stream wait for its own. CuPy makes it wait for the current one, which then is ours.
         with self._reporting("take over an array"):
-            self._main.wait_event(self._mark(self.cupy.cuda.get_current_stream()))
-            with self._main:
+            self._streams.main.wait_event(self._streams.mark(self.cupy.cuda.get_current_stream()))
+            with self._streams.main:
                 return self.cupy.from_dlpack(x)
 
     def result(self, shape: int | Sequence[int], dtype: DTypeLike) -> Array:
         # CuPy's pool gives memory back to the stream that it was allocated on. It is the caller who will drop this.
         with self._reporting("allocate", shape, dtype):
             array = self.cupy.empty(shape, np.dtype(dtype))
-            self._main.wait_event(self._mark(self.cupy.cuda.get_current_stream()))
+            self._streams.main.wait_event(self._streams.mark(self.cupy.cuda.get_current_stream()))
             return array
 
     def hand_over(self) -> None:
-        self._join()
-        self.cupy.cuda.get_current_stream().wait_event(self._mark(self._main))
+        self._streams.join()
+        self.cupy.cuda.get_current_stream().wait_event(self._streams.mark(self._streams.main))
 
     def pinned(self, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """A host array in page-locked memory, which ``upload`` reads while the GPU computes."""
@@ -136,13 +126,13 @@ class CupyDriver:
         self._check_copy(dst, src)
         runtime = self.cupy.cuda.runtime
         with self._reporting("copy to the GPU"):
-            self._join()
-            self._copy.wait_event(self._mark(self._main))
+            self._streams.join()
+            self._streams.copy.wait_event(self._streams.mark(self._streams.main))
             if src.nbytes:
                 runtime.memcpyAsync(
-                    self.address(dst), src.ctypes.data, src.nbytes, runtime.memcpyHostToDevice, self._copy.ptr
+                    self.address(dst), src.ctypes.data, src.nbytes, runtime.memcpyHostToDevice, self._streams.copy.ptr
                 )
-            return Token(self._mark(self._copy))
+            return Token(event=self._streams.mark(self._streams.copy))
 
     def uploaded(self, token: Token) -> None:
         """Wait, on the host, for the end of an upload: its source may then be changed. From any thread."""
@@ -173,7 +163,7 @@ class CupyDriver:
             function.attributes  # noqa: B018 (asks the driver, which then really loads the function)
 
         def launch(grid: Dims, block: Dims, arguments: tuple[Any, ...]) -> None:
-            with self._current:
+            with self._streams.current:
                 function(grid, block, arguments)
 
         return launch
@@ -194,9 +184,9 @@ class CupyDriver:
         kind, bias, aux = self._kind(out, a, b, transpose_a, transpose_b, epilogue)
         ready = self._ready.get(kind)
         if ready is None:
-            if self._capturing:
+            if self._streams.capturing:
                 raise RuntimeError("a product was not made ready before the step was captured")
-            for stream in (self._main, self._side):
+            for stream in self._streams.computing:
                 self._workspace(stream)
             plan = self._products.plan(kind, bias, aux)
             ready = self._ready[kind] = plan is not None and self._try(plan, kind, out, a, b)
@@ -208,14 +198,14 @@ class CupyDriver:
         A ReLU inside of a product may turn NaN into 0, which would hide a bad number: then it is not offered.
         """
         cupy = self.cupy
-        with self._reporting("try a matrix product"), self._main:
+        with self._reporting("try a matrix product"), self._streams.main:
             arrays = [cupy.full(array.shape, np.nan, array.dtype) for array in (a, b, out)]
             # One scratch for the bias or its gradient, one for the mask.
             vector = cupy.zeros(out.shape[1], out.dtype)
             mask = cupy.zeros(cublaslt.mask_bytes(*out.shape), np.uint8)
-            workspace = self.address(self._workspace(self._main))
+            workspace = self.address(self._workspace(self._streams.main))
             at = [self.address(array) for array in (*arrays, vector, mask)]
-            plan.run((at[0], at[1], at[2]), at[3], at[4], workspace, self._main.ptr)
+            plan.run((at[0], at[1], at[2]), at[3], at[4], workspace, self._streams.main.ptr)
             if kind.epilogue not in (cublaslt.RELU_BIAS, cublaslt.RELU_AUX_BIAS):
                 return True
             return bool(np.isnan(self.to_host(arrays[2])).all())
@@ -232,13 +222,17 @@ class CupyDriver:
         if out.size == 0:
             return
         kind, bias, aux = self._kind(out, a, b, transpose_a, transpose_b, epilogue)
+        if self._streams.capturing and kind not in self._ready:
+            raise RuntimeError("a product was not made ready before the step was captured")
         plan = self._products.plan(kind, bias, aux)
         if plan is None:
             what = f"{kind.dtype} products of ({kind.m}, {kind.k}) and ({kind.k}, {kind.n})"
             raise DeviceError(f"cuBLASLt has no algorithm for {what} with epilogue {kind.epilogue}: see nicecp doctor")
         with self._reporting("multiply matrices"):
             addresses = self.address(a), self.address(b), self.address(out)
-            plan.run(addresses, bias, aux, self.address(self._workspace(self._current)), self._current.ptr)
+            plan.run(
+                addresses, bias, aux, self.address(self._workspace(self._streams.current)), self._streams.current.ptr
+            )
 
     def _kind(
         self, out: Array, a: Array, b: Array, transpose_a: bool, transpose_b: bool, epilogue: Epilogue | None
@@ -272,7 +266,7 @@ class CupyDriver:
         array = self._workspaces.get(stream.ptr)
         if array is None:
             array = self._workspaces[stream.ptr] = self.alloc(cublaslt.WORKSPACE, np.uint8)
-            self._side.wait_event(self._mark(self._main))  # alloc writes zeros
+            stream.wait_event(self._streams.mark(self._streams.main))  # alloc writes zeros
         return array
 
     def relu_mask(self, rows: int, columns: int) -> Array:
@@ -281,77 +275,27 @@ class CupyDriver:
     # --- order ------------------------------------------------------------------------------------
 
     @property
+    def lanes(self) -> int:
+        return len(self._streams.sides)
+
+    @property
     def stream(self) -> int:
-        return int(self._current.ptr)
+        return int(self._streams.current.ptr)
 
-    def _mark(self, stream: Any) -> Any:
-        """An event behind all that was launched on a stream."""
-        event = self.cupy.cuda.Event(disable_timing=True)
-        stream.record(event)
-        if self._capturing:
-            self._held.append(event)
-        return event
-
-    @contextlib.contextmanager
-    def side(self) -> Iterator[Token]:
-        if self._current is not self._main:
-            raise RuntimeError("side blocks are not nested")
-        self._side.wait_event(self._mark(self._main))
-        token = Token()
-        self._current = self._side
-        try:
-            yield token
-        finally:
-            self._current = self._main
-            token.event = self._mark(self._side)
-            self._open = token
+    def side(self, lane: int = 0, after: Sequence[Token] = ()) -> AbstractContextManager[Token]:
+        return self._streams.side(lane, after)
 
     def wait(self, token: Token) -> None:
-        if self._current is not self._main:
-            raise RuntimeError("a side block cannot wait for another: they run one after the other")
-        self._main.wait_event(token.event)
-        if token is self._open:
-            self._open = None
-
-    def _join(self) -> None:
-        """The main stream waits for the last side block, and so for all of them."""
-        if self._open is not None:
-            self.wait(self._open)
+        self._streams.wait(token)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        if self._capturing:
-            raise RuntimeError("a step is being captured already")
-        self._join()
         with self._reporting("capture a step"):
-            graph = self._captured(step)
-            graph.upload(self._main)
-
-        def replay(keep: object = (step, self._held)) -> None:
-            self._join()
-            graph.launch(self._main)
-
-        self._held = []
-        return replay
-
-    def _captured(self, step: Callable[[], None]) -> Any:
-        self._main.begin_capture()
-        self._capturing = True
-        try:
-            step()
-            self._join()
-        except BaseException:
-            self._open = None
-            with contextlib.suppress(Exception):  # what was captured is incomplete, and ends here in any case
-                self._main.end_capture()
-            raise
-        finally:
-            self._capturing = False
-        return self._main.end_capture()
+            return self._streams.capture(step)
 
     def synchronize(self) -> None:
         with self._reporting("finish"):
-            self._join()
-            self._main.synchronize()
+            self._streams.join()
+            self._streams.main.synchronize()
 
     # --- errors -----------------------------------------------------------------------------------
 

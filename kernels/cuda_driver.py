@@ -1,4 +1,4 @@
-"""What the CUDA backend needs from a device: memory, compiled kernels, matrix products, two streams, a recorder.
+"""What the CUDA backend needs from a device: memory, compiled kernels, matrix products, streams, a recorder.
 
 The backend (kernels/cuda_backend.py) knows the kernel contract and nothing of CuPy; a driver knows a device and nothing
 of flows. So the same backend, with the same kernels, runs on a GPU and in the tests' emulation on a CPU.

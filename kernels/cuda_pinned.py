@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 BLOCK = 4 * 2**20  # bytes: PCIe is at full speed from about one MiB
 BLOCKS = 2  # the host fills or empties one while the GPU copies the other
+STAGED = BLOCK * BLOCKS  # bytes of a driver's Staging
 
 
 def pinned(cupy: Any, shape: int | Sequence[int], dtype: DTypeLike) -> NDArray[Any]:

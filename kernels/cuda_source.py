@@ -11,6 +11,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from nicecp.kernels import backend
 from nicecp.kernels.backend import FACTOR_BOUND, OPTIMIZERS, PRIORS, Slot
 
 REALS = {"f32": "float", "f64": "double"}
@@ -19,6 +20,7 @@ TOPICS = {  # file -> types it is compiled for
     "borders": ("f32", "f64"),
     "dense": ("f32", "f64"),
     "coupling": ("f32", "f64"),
+    "spline": ("f32", "f64"),
     "scaling": ("f32", "f64"),
     "update": ("f32", "f64"),
     "random": ("f32", "f64"),
@@ -31,7 +33,7 @@ BIAS_COLUMNS = 16  # of a block of bias_backward, as in cuda_dense.cu
 SCALE_COLUMNS = 8  # of a block of scale_prior_backward, as in cuda_scaling.cu
 
 _FOLDER = Path(__file__).parent
-_KERNEL = re.compile(r"^(?:KERNEL|LOAD|GATHER)\((\w+)[),]", re.MULTILINE)
+_KERNEL = re.compile(r"^(?:KERNEL|KERNEL_WITH|LOAD|GATHER)\((\w+)[),]", re.MULTILINE)
 
 
 @cache
@@ -66,6 +68,7 @@ def text(unit: str) -> str:
 
 def _definitions(suffix: str) -> str:
     numbers: dict[str, float] = {"FACTOR_BOUND": FACTOR_BOUND}
+    numbers |= {name: value for name, value in vars(backend).items() if name.startswith("SPLINE_")}
     numbers |= {f"SLOT_{name}": value for name, value in vars(Slot).items() if isinstance(value, int)}
     numbers |= {f"PRIOR_{name.upper()}": value for name, value in PRIORS.items()}
     numbers |= {f"OPTIMIZER_{name.upper()}": value for name, value in OPTIMIZERS.items()}

@@ -12,6 +12,7 @@ import numpy as np
 # Not when it is first needed: a child that is forked during an import by another thread waits for it for ever.
 from nicecp.kernels import _numba_point  # noqa: F401
 from nicecp.kernels import _numba_random as random
+from nicecp.kernels._numba_spline import OUTPUTS, tile_function
 from nicecp.kernels.backend import Array, Ready, Slot
 from nicecp.kernels.numba_calls import NumbaCalls
 from nicecp.kernels.tape import ANY, Op, Range, span
@@ -19,6 +20,7 @@ from nicecp.kernels.tape import ANY, Op, Range, span
 _LINE = 64  # bytes: slices of columns begin on cache lines
 _SLICED_PRODUCT = 2**21  # multiplications from which a product is cut into parts, some 0.03 ms
 _SLICED_UPDATE = 2**15  # elements from which an update or a sum is, and numbers from which a fill is
+_SPLINE_WORK = 32  # a number of a spline, as numbers that are loaded
 _SLICED_ROWS = 2**14  # numbers from which loading, scaling or scoring is cut by rows or columns: some 0.03 ms
 
 
@@ -75,6 +77,14 @@ class NumbaBackend(NumbaCalls):
         d = x.shape[1]
         numbers = (d, _places(order, d)[1])
         self._call(Op.JOIN, Range(len(x)), (x0, x1, x), (order,), numbers, (x,), (x0, x1))
+
+    def permute(self, y0: Array, y1: Array, x0: Array, x1: Array, index: Array) -> None:
+        (n, d0), d = x0.shape, len(index)
+        if x1.shape != (n, d - d0) or y0.shape != x0.shape or y1.shape != x1.shape or d0 != (d + 1) // 2:
+            raise ValueError(f"{d} columns cannot go from {x0.shape} and {x1.shape} to {y0.shape} and {y1.shape}")
+        _places(index, d)
+        over = self._cut(n, n * d, _SLICED_ROWS, 1)
+        self._call(Op.PERMUTE, over, (y0, y1, x0, x1), (index,), (d,), (y0, y1), (x0, x1), n * d)
 
     def logit_forward(
         self, z: Array, log_det: Array, x: Array, shift: Array, scale: Array, margin: float, first: bool
@@ -191,6 +201,21 @@ class NumbaBackend(NumbaCalls):
         real, reads = (dx, dm, dy, x, m), (dy, dlog_det, x, m)
         self._call(Op.FACTOR_BACKWARD, over, real, (dlog_det,), (x.shape[1], affine), (dx, dm), reads, 8 * m.size)
 
+    def spline_forward(self, y: Array, log_det: Array, x: Array, m: Array, sign: int, first: bool) -> None:
+        n, k = x.shape
+        _check_outputs(m, n, k)
+        numbers = (k, tile_function("values" if sign > 0 else "inverses"), sign, first)
+        reads = (x, m) if first else (x, m, log_det)
+        over, work = self._cut(n, _SPLINE_WORK * m.size, _SLICED_ROWS, 1), _SPLINE_WORK * m.size
+        self._call(Op.SPLINE_FORWARD, over, (y, x, m), (log_det,), numbers, (y, log_det), reads, work)
+
+    def spline_backward(self, dx: Array, dm: Array, dy: Array, dlog_det: Array, x: Array, m: Array) -> None:
+        n, k = x.shape
+        _check_outputs(m, n, k)
+        real, reads, numbers = (dx, dm, dy, x, m), (dy, dlog_det, x, m), (k, tile_function("gradients"))
+        over, work = self._cut(n, _SPLINE_WORK * m.size, _SLICED_ROWS, 1), _SPLINE_WORK * m.size
+        self._call(Op.SPLINE_BACKWARD, over, real, (dlog_det,), numbers, (dx, dm), reads, work)
+
     def accumulate(self, out: Array, x: Array) -> None:
         self._call(Op.ACCUMULATE, Range(1), (), (out, x), (len(out),), (out,), (x,))
 
@@ -288,6 +313,11 @@ def _places(order: Array, d: int) -> tuple[Array, bool]:
     place[order] = np.arange(d)
     d0 = (d + 1) // 2
     return place, bool((order[:d0] == np.arange(0, d, 2)).all() and (order[d0:] == np.arange(1, d, 2)).all())
+
+
+def _check_outputs(m: Array, n: int, k: int) -> None:
+    if m.shape != (n, OUTPUTS * k):
+        raise ValueError(f"a spline of {k} columns needs {OUTPUTS} numbers for each, got an array of shape {m.shape}")
 
 
 def _check_cursor(state: Array, n: int, given: int) -> None:

@@ -22,10 +22,19 @@ class PointOp:
     GATHER = 4  # place, n, from; index: z[c] = from[index[c]]
     CONTEXT = 5  # place, n, m: the context, behind the m numbers that stand there
     DENSE = 6  # place, inputs, from, outputs, relu, wide; w, b: of the flow's dtype, or float64 if wide
-    COUPLE = 7  # place, n, m, law (0 additive, 1 multiplicative, 2 affine)
+    COUPLE = 7  # place, n, m, Law; of a spline, the address of its function
     PRIOR = 8  # place, n, place for h, prior; s, of the flow's dtype
-
     COLUMN = 9  # place of one number, its ColumnKind; table (and addresses of functions): adds log dz/dx
+    PERMUTE = 10  # place, n, from, rest, m; index: z[c] = from[index[c]], or rest[index[c] - m] if that is not below m
+
+
+class Law:
+    """Coupling laws."""
+
+    ADDITIVE = 0
+    MULTIPLICATIVE = 1
+    AFFINE = 2
+    SPLINE = 3
 
 
 class ColumnKind:
@@ -36,6 +45,7 @@ class ColumnKind:
     ANGLE = 3
     STUDENT = 4
     QUANTILE = 5
+    MARGIN = 6  # the logit of nicecp.preprocessing.MarginLogit
 
 
 class PointField:

@@ -42,6 +42,9 @@ class Op:
     GATHER = 19
     COPY_COLUMNS = 20
     LOGIT_FORWARD = 21
+    SPLINE_FORWARD = 22
+    SPLINE_BACKWARD = 23
+    PERMUTE = 24
 
 
 class Field:

@@ -1,7 +1,7 @@
 """nicecp: NICE normalizing flows for science, without a deep-learning framework.
 
-Names are loaded when first used, so that ``import nicecp`` stays quick: NICE, load, fit, AdaM, RMSProp, what registers
-couplings and networks of one's own, and with the extra ``sklearn`` NICEDensity.
+Names are loaded when first used, so that ``import nicecp`` stays quick: NICE, load, fit, fit_preprocessing, AdaM,
+RMSProp, what registers couplings and networks of one's own, and with the extra ``sklearn`` NICEDensity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nicecp.checkpoint import load
     from nicecp.density_estimator import NICEDensity as NICEDensity
-    from nicecp.fitting import fit
+    from nicecp.fitting import fit, fit_preprocessing
     from nicecp.flow import NICE
     from nicecp.optimizers import AdaM, RMSProp
     from nicecp.registry import CouplingLaw, CouplingNetwork, register_coupling, register_network
@@ -28,6 +28,7 @@ __all__ = [
     "RMSProp",
     "__version__",
     "fit",
+    "fit_preprocessing",
     "load",
     "register_coupling",
     "register_network",
@@ -37,6 +38,7 @@ _HOMES = {
     "NICE": "nicecp.flow",
     "load": "nicecp.checkpoint",
     "fit": "nicecp.fitting",
+    "fit_preprocessing": "nicecp.fitting",
     "AdaM": "nicecp.optimizers",
     "RMSProp": "nicecp.optimizers",
     "CouplingLaw": "nicecp.registry",

@@ -168,7 +168,7 @@ class DeviceRows:
         with backend.arithmetic():
             z = self._inputs(h)
         with flow._calls.borrow("inverse", len(h)) as call:
-            backend.split(*call.ws.h, z, flow.network.order)
+            backend.split(*call.ws.h, z, flow.network.latent_order)
             call.ws.load_context(backend, context, at)
             call.run()
             with backend.arithmetic():

@@ -48,38 +48,40 @@ def logit_step(train: Split, stats: ColumnStats | None, value_range: tuple[float
     return MarginLogit(np.full(d, float(low)), np.full(d, float(high)), margin)
 
 
-def blocks_after(split: Split, steps: Sequence[Step]) -> Iterator[FloatArray]:
-    """Rows of a split after ``steps`` in blocks : (rows, d) float64; 8-bit values with the same noise at every call."""
-    d, rng = split.source.n_features, np.random.default_rng(_SEED)
+def blocks_after(split: Split, steps: Sequence[Step]) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """Rows of a split after ``steps`` in blocks : (rows, d) float64, and their weights (rows,); 8-bit values with the
+    same noise at every call."""
+    d, rng, weight = split.source.n_features, np.random.default_rng(_SEED), split.source.weight
     count = max(1, _BLOCK_ELEMENTS // (1024 * d))
     for first in range(0, split.n_blocks, count):
-        x = split.load_blocks(np.arange(first, min(first + count, split.n_blocks)))[0].astype(np.float64)
+        data, rows = split.load_blocks(np.arange(first, min(first + count, split.n_blocks)))
+        x = data.astype(np.float64)
         if steps and isinstance(steps[0], Dequantize):
             x = steps[0].low + (steps[0].high - steps[0].low) / steps[0].levels * (x + rng.random(x.shape))
-        yield apply_steps(steps, x)[0]
+        yield apply_steps(steps, x)[0], np.ones(len(x)) if weight is None else weight[rows]
 
 
 def mean_after(split: Split, steps: Sequence[Step]) -> FloatArray:
-    """(d,) mean of the rows after ``steps``."""
-    total, count = np.zeros(split.source.n_features), 0
-    for z in blocks_after(split, steps):
-        total, count = total + z.sum(axis=0), count + len(z)
-    return total / max(1, count)
+    """(d,) mean of the rows after ``steps``, by their weights."""
+    total, size = np.zeros(split.source.n_features), 0.0
+    for z, w in blocks_after(split, steps):
+        total, size = total + w @ z, size + float(w.sum())
+    return total / (size or 1.0)
 
 
 def spread_after(split: Split, steps: Sequence[Step]) -> tuple[FloatArray, FloatArray]:
-    """(d,) mean and (d,) standard deviation of the rows after ``steps``: two passes."""
-    mean, square, count = mean_after(split, steps), np.zeros(split.source.n_features), 0
-    for z in blocks_after(split, steps):
-        square, count = square + np.square(z - mean).sum(axis=0), count + len(z)
-    return mean, np.sqrt(square / max(1, count))
+    """(d,) mean and (d,) standard deviation of the rows after ``steps``, by their weights: two passes."""
+    mean, square, size = mean_after(split, steps), np.zeros(split.source.n_features), 0.0
+    for z, w in blocks_after(split, steps):
+        square, size = square + w @ np.square(z - mean), size + float(w.sum())
+    return mean, np.sqrt(square / (size or 1.0))
 
 
 def moments_after(split: Split, steps: Sequence[Step]) -> tuple[FloatArray, FloatArray]:
-    """(d,) mean and (d, d) covariance of the rows after ``steps``: two passes."""
+    """(d,) mean and (d, d) covariance of the rows after ``steps``, by their weights: two passes."""
     d = split.source.n_features
-    mean, total, count = mean_after(split, steps), np.zeros((d, d)), 0
-    for z in blocks_after(split, steps):
+    mean, total, size = mean_after(split, steps), np.zeros((d, d)), 0.0
+    for z, w in blocks_after(split, steps):
         z = z - mean
-        total, count = total + z.T @ z, count + len(z)
-    return mean, total / max(1, count)
+        total, size = total + (z.T * w) @ z, size + float(w.sum())
+    return mean, total / (size or 1.0)

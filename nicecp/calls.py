@@ -42,7 +42,7 @@ class Call:
 
     def _latent(self) -> None:
         self._density()
-        self._network.backend.join(self.out, *self.ws.h, self._network.order)
+        self._network.backend.join(self.out, *self.ws.h, self._network.latent_order)
 
     def _inverse(self) -> None:
         self._network.inverse(self.ws, self._views)

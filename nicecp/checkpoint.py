@@ -30,6 +30,7 @@ MAX_MESSAGE = 1000  # characters of an event's message that are kept
 MAX_EPOCH = (1 << 32) - 1  # the epoch is one word of the random numbers' counter
 
 _HISTORY = ("train_log_likelihood", "valid_log_likelihood", "learning_rate", "seconds")
+_AVERAGE = "average_log_likelihood"  # of runs that average their parameters
 # What the state array must hold where training continues: (slot, name, whether it is a count).
 _NEEDED = (
     (Slot.STEP, "step", True),
@@ -114,6 +115,9 @@ def save_state(path: StrPath, flow: NICE, run: RunRecord, state: ResumeState, ov
         tree.attrs["/resume"]["bad_steps"] = int(state.bad_steps)
     tree.arrays["/resume/state"] = state.state
     add_parameters(tree, "/best", state.best_parameters)
+    if state.average_epochs:
+        tree.attrs["/resume"]["average_epochs"] = int(state.average_epochs)
+        add_parameters(tree, "/average", state.average)
     _read_state(Reader(tree, path, "it is not saved"), flow.spec)
     write_tree(path, tree, overwrite)
 
@@ -148,6 +152,8 @@ def _run_tree(flow: NICE, parameters: Parameters, run: RunRecord) -> Tree:
         "seed": int(run.seed),
         "threads": int(run.threads),
     }
+    if run.best_average:
+        attrs["best_average"] = int(run.best_average)
     for key, version in run.versions.items():
         attrs["version_" + re.sub(r"\W", "_", key)] = version
     tree.attrs["/training"] = attrs
@@ -161,6 +167,9 @@ def _run_tree(flow: NICE, parameters: Parameters, run: RunRecord) -> Tree:
     tree.arrays[history + "epoch"] = np.array([row.epoch for row in run.history], np.int64)
     for key in _HISTORY:
         tree.arrays[history + key] = np.array([getattr(row, key) for row in run.history], np.float64)
+    averages = np.array([row.average_log_likelihood for row in run.history], np.float64)
+    if not np.isnan(averages).all():
+        tree.arrays[history + _AVERAGE] = averages
     events = "/training/events/"
     tree.arrays[events + "epoch"] = np.array([event.epoch for event in run.events], np.int64)
     tree.arrays[events + "step"] = np.array([event.step for event in run.events], np.int64)
@@ -180,6 +189,8 @@ def _read_run(reader: Reader) -> RunRecord:
         config=_read_json(reader, at + "/config"),
     )
     run.best_epoch = reader.integer(at, "best_epoch", 0, run.epoch)
+    if "best_average" in reader.attr_names(at):
+        run.best_average = reader.integer(at, "best_average", 1, run.epoch)
     for key in reader.attr_names(at):
         if key.startswith("version_"):
             run.versions[key.removeprefix("version_")] = reader.text(at, key)
@@ -187,7 +198,8 @@ def _read_run(reader: Reader) -> RunRecord:
     epochs = reader.array(history + "/epoch", "int64", (None,))
     columns = [
         reader.array(f"{history}/{key}", "float64", epochs.shape, finite=not key.endswith("likelihood"))
-        for key in _HISTORY
+        for key in (*_HISTORY, _AVERAGE)
+        if key != _AVERAGE or reader.has(f"{history}/{_AVERAGE}")
     ]
     table = zip(epochs.tolist(), *(column.tolist() for column in columns), strict=True)
     run.history = [EpochRecord(*row) for row in table]
@@ -250,7 +262,7 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
             raise reader.refuse("/resume/state", f"element {slot} ({name}) is {value}")
     if state[Slot.STEP] != step:
         raise reader.refuse("/optimizer", f"attribute 'step' is {step}, /resume/state has {state[Slot.STEP]:.0f}")
-    has_bad_steps = "bad_steps" in reader.attr_names("/resume")
+    has_bad_steps, averages = (name in reader.attr_names("/resume") for name in ("bad_steps", "average_epochs"))
     return ResumeState(
         parameters={},
         first_moment=first,
@@ -262,4 +274,6 @@ def _read_state(reader: Reader, spec: ModelSpec) -> ResumeState:
         stale_epochs=reader.integer("/resume", "stale_epochs", 0, MAX_EPOCH),
         epoch_seconds=reader.number("/resume", "epoch_seconds"),
         bad_steps=reader.integer("/resume", "bad_steps", 1, MAX_COUNT) if has_bad_steps else 0,
+        average=read_parameters(reader, "/average", spec) if averages else {},
+        average_epochs=reader.integer("/resume", "average_epochs", 1, MAX_EPOCH) if averages else 0,
     )

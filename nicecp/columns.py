@@ -60,15 +60,16 @@ def discrete_columns_noted(split: Split) -> list[Event]:
     return [Event(0, 0, "columns", message)]
 
 
-def check_representable(splits: Splits, steps: tuple[Step, ...], dtype: DTypeLike) -> None:
+def check_representable(splits: Splits, steps: tuple[Step, ...], dtype: DTypeLike, seed: int) -> None:
     """DataError that names the first row and column which the flow, computing in ``dtype``, would see as infinite.
 
     steps : the preprocessing; the numbers themselves are finite, but not those that it makes of them in float32
+    seed : the run's, of the noise on recorded values
     """
     for given in (splits.train, splits.valid, splits.test):
         if given is None or given.source.is_image8:
             continue
-        split = presented(given, host_part(steps), 0)  # DataError for rows outside a support
+        split = presented(given, host_part(steps), seed)  # DataError for rows outside a support
         source, d = split.source, split.source.n_features
         on_device = device_part(steps)
         if not all(step.affine for step in on_device):

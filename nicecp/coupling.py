@@ -17,6 +17,7 @@ from nicecp.kernels.backend import FACTOR_BOUND, Array, Backend
 from nicecp.mlp import LayerReady, Layers, mlp_backward, mlp_forward
 from nicecp.registry import MLP, law_named, network_named
 from nicecp.spec import CouplingSpec
+from nicecp.spline import coupling_spline
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,20 @@ class AffineCoupling(FactorCoupling):
     affine = True
 
 
+class SplineCoupling(Coupling):
+    """y_t = g(x_t; m(x_c)), y_c = x_c, g a monotone spline of each feature: see Backend.spline_forward."""
+
+    def apply(self, backend: Backend, at: Buffers, sign: int, own: Own) -> None:
+        source, target = (at.x, at.y) if sign == 1 else (at.y, at.x)
+        backend.spline_forward(target, at.log_det, source, at.ys[-1], sign, at.first)
+
+    def apply_backward(
+        self, backend: Backend, at: Buffers, dy: Array, dlogp: Array, own: Own, own_grads: Own | None
+    ) -> Array:
+        backend.spline_backward(dy, at.dys[-1], dy, dlogp, at.x, at.ys[-1])
+        return at.dys[-1]
+
+
 class RegisteredCoupling(Coupling):
     """A law of nicecp.registry, by calls of the host."""
 
@@ -210,6 +225,7 @@ COUPLINGS: dict[str, type[Coupling]] = {
     "additive": AdditiveCoupling,
     "multiplicative": FactorCoupling,
     "affine": AffineCoupling,
+    "spline": SplineCoupling,
 }
 
 
@@ -219,9 +235,11 @@ def coupling_of(spec: CouplingSpec) -> Coupling:
 
 
 def apply_law(law: str, x: NDArray[Any], m: NDArray[Any], parameters: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    """A law in plain NumPy, for checks: x : (n, k), m : (n, k), (n, 2k) if affine -> y : (n, k)."""
+    """A law in plain NumPy, for checks: x : (n, k), m : (n, LAWS k) -> y : (n, k)."""
     if law not in COUPLINGS:
         return np.asarray(law_named(law).forward(x, m, parameters)[0])
+    if law == "spline":
+        return coupling_spline(x, m)[0]
     k = x.shape[1]
     y: NDArray[Any] = x + m[:, :k]
     if law != "additive":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nicecp.errors import DataError, about_file
 
 DELIMITERS = ("\t", ";", ",", " ")  # ' ' is any white space
-MAX_LINE = 2**26  # bytes
+MAX_LINE = 2**23  # bytes: a row of a million numbers takes seconds
 _SAMPLE = 20  # lines that are looked at
 
 

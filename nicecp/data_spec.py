@@ -65,6 +65,12 @@ def plain_data(spec: Any) -> Any:
     return spec.data if isinstance(spec, DataSpec) else spec
 
 
+def files_in(spec: Any) -> list[str]:
+    """Names of the files that data, context and weights are read from, as given: outputs must not replace them."""
+    parts = (spec.data, spec.context, spec.weights) if isinstance(spec, DataSpec) else (spec,)
+    return [os.fspath(part) for part in parts if isinstance(part, (str, os.PathLike))]
+
+
 def to_record(spec: Any) -> dict[str, str]:
     """What a run's record says of the rows it used, of context and weights: as text, '' for an array, and nothing where
     there is nothing to say.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nicecp.kernels.backend import Array, Backend
+from nicecp.kernels.backend import Array, Backend, Slot
 from nicecp.params import Layout
 
 SCHEDULES = ("constant", "cosine")
@@ -22,6 +23,15 @@ def rate_factor(schedule: str, epoch: int, epochs: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(epoch - 1, epochs - 1) / epochs))
 
 
+def change_epochs(state: NDArray[np.float64], schedule: str, before: int, after: int, completed: int) -> None:
+    """The rate in a state array of a run of ``before`` epochs, ``completed`` of them, as in a run of ``after`` epochs.
+
+    As a ratio, since the rate may have been lowered for other reasons.
+    """
+    epoch = completed + (state[Slot.CURSOR] > 0 or completed == 0)  # the one whose rate the state holds
+    state[Slot.RATE] *= rate_factor(schedule, epoch, after) / rate_factor(schedule, epoch, before)
+
+
 def check_decay(schedule: str, weight_decay: float) -> None:
     """ValueError for settings that are out of bounds."""
     if schedule not in SCHEDULES:
@@ -31,7 +41,8 @@ def check_decay(schedule: str, weight_decay: float) -> None:
 
 
 class WeightDecay:
-    """After every step the weights of the couplings' networks are multiplied by 1 - strength * factor; nothing else is.
+    """After every step the weights of the couplings' networks are multiplied by 1 - strength * factor; nothing else is,
+    nor are the parameters of registered networks.
 
     strength : the optimiser's rate at the beginning of a run, times the decay; factor : the epoch's rate_factor. So
     what happens in an epoch follows from its number alone.

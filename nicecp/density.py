@@ -18,7 +18,7 @@ from nicecp.context import Context
 from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Array, Backend
 from nicecp.native import CFunction, Snapshot
-from nicecp.preprocessing import Dequantize, Standardize, Step
+from nicecp.preprocessing import Dequantize, MarginLogit, Standardize, Step
 from nicecp.records import DataInfo, Parameters
 from nicecp.schema import SECTIONS, Reader, model_tree, read_context, read_model
 from nicecp.spec import ModelSpec, whole_number
@@ -109,7 +109,7 @@ class Density(ABC):
         """
         ends = unbounded = np.tile([[-np.inf], [np.inf]], (1, self.dim))
         for step in reversed(self.preprocessing):
-            column_by_column = isinstance(step, (ColumnStep, Standardize, Dequantize))
+            column_by_column = isinstance(step, (ColumnStep, Standardize, Dequantize, MarginLogit))
             ends = step.inverse(ends) if column_by_column else unbounded
         return np.ascontiguousarray(ends.T)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +41,8 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Hidden layer sizes of every coupling's network.
     n_couplings : int
         Coupling layers; at least 3 for every column to influence every other.
-    coupling : "affine", "additive" or "multiplicative", or several of these that take turns
-        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian.
+    coupling : "affine", "additive", "multiplicative" or "spline", or several of these that take turns
+        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian; splines bend columns.
     prior : "gaussian" or "logistic"
         Of the latent components.
     epochs : int
@@ -56,9 +56,9 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     valid_fraction : float
         Of the rows, chosen at random, on which training is validated; the flow keeps its best epoch. 0 for none: it
         keeps the last one.
-    transforms : str
-        Of single columns, before they are standardised: "auto", "quantile", "none", or one for each column
-        (docs/tables.md). ``record_.events`` say what each column was given, and why.
+    transforms : str or mapping
+        Of single columns, before they are standardised: "auto", "quantile", "none", or one for each column, as in
+        {"mass": "log", "*": "quantile"} (docs/tables.md). ``record_.events`` say what each column was given, and why.
     whiten : "gaussian", "zca" or "none"
         What stands between the data and the flow: the Gaussian of greatest likelihood of the training rows, which the
         flow then improves on, or only columns that are standardised.
@@ -98,7 +98,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         learning_rate: float = 1e-3,
         patience: int | None = 30,
         valid_fraction: float = 0.1,
-        transforms: str = "auto",
+        transforms: str | Mapping[Any, str] = "auto",
         whiten: str = "gaussian",
         regularization: float = 1e-3,
         allow_constant: bool = False,

@@ -31,15 +31,31 @@ def sizes_text(hidden: tuple[int, ...]) -> str:
 
 def model_line(spec: ModelSpec) -> str:
     """An architecture in one line."""
-    shapes = {(c.law, "" if c.network == MLP else f"{c.network} ", c.hidden) for c in spec.couplings}
-    each = ", ".join(f"{law} with {network}hidden {sizes_text(hidden)}" for law, network, hidden in sorted(shapes))
+    each = _couplings_line(spec)
     if spec.partition != "odd-even":
         each += f", parts by {spec.partition}"
+    changes = sum(coupling.order is not None for coupling in spec.couplings)
+    if changes:
+        each += f", other parts {changes} time{'s' * (changes > 1)}"
     given = f" given {spec.n_context}" if spec.n_context else ""
     return (
         f"{spec.n_features} features{given}, {len(spec.couplings)} couplings, {each}, {spec.prior} prior, "
         f"{spec.dtype}, {spec.n_parameters:,} parameters"
     )
+
+
+def _couplings_line(spec: ModelSpec) -> str:
+    """'affine with hidden 2x64, additive with hidden 64 in turn'; '2 additive with hidden 3x8, then 4 additive ...'."""
+    kinds = [
+        f"{c.law} with {'' if c.network == MLP else c.network + ' '}hidden {sizes_text(c.hidden)}"
+        for c in spec.couplings
+    ]
+    n = len(kinds)
+    turns = next(p for p in range(1, n + 1) if all(kinds[k] == kinds[k % p] for k in range(n)))
+    if turns <= (n + 1) // 2:
+        return ", ".join(kinds[:turns]) + " in turn" * (turns > 1)
+    runs = [(kind, len(list(same))) for kind, same in groupby(kinds)]
+    return ", then ".join(f"{count} {kind}" for kind, count in runs)
 
 
 def source_line(source: Source) -> str:
@@ -99,6 +115,7 @@ def describe_checkpoint(path: StrPath, history: int = 5) -> dict[str, Any]:
             "epochs": record.epoch,
             "best_epoch": record.best_epoch,
             "best_valid_log_likelihood": plain(record.best_valid_log_likelihood),
+            "best_average": record.best_average,
             "seconds": plain(sum(row.seconds for row in record.history)),
             "seed": record.seed,
             "threads": record.threads,

@@ -45,7 +45,15 @@ class MissingExtra(NicecpError, ImportError):
     """Something optional that is not installed: names the command that installs it."""
 
 
+_LONGEST = 600  # characters of a problem or remedy: names in a file may have 60,000
+
+
 def about_file(path: str | os.PathLike[str], problem: str, remedy: str) -> str:
     """One line: 'PATH': problem; remedy.  Odd characters, of the path or of a file's content, cannot break the line."""
-    text = f"{os.fspath(path)!r}: {problem}; {remedy}"
+    problem, remedy = (text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..." for text in (problem, remedy))
+    return printable(f"{os.fspath(path)!r}: {problem}; {remedy}")
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: line breaks, control characters and the like as Python writes them."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -13,7 +13,7 @@ from nicecp.beside import effective_rows
 from nicecp.errors import DataError, about_file
 from nicecp.extras import Extras, check_context
 from nicecp.flow import NICE
-from nicecp.kernels.backend import Slot
+from nicecp.kernels.backend import Array, Slot
 from nicecp.loading import Loader
 from nicecp.parallel import ALONE, Communicator
 from nicecp.params import Views
@@ -139,17 +139,21 @@ class Evaluator:
         self._loader = Loader(flow, self._batch)
         self._extras = Extras(flow, split.source)
         self._weights = split.weights
-        self._kept: tuple[Window, Views, int, Callable[[], None]] | None = None
+        self._kept: tuple[Window, tuple[Array, Array, Array]] | None = None  # a window, here and on the device
+        self._passes: list[tuple[Views, int, Callable[[], None]]] = []  # over that window
 
     def _recorded(self, window: Window, views: Views, seed: int) -> Callable[[], None]:
-        """The pass over a window's batches; the last one is kept: validation comes back to it every epoch."""
-        if self._kept is not None:
-            last, parameters, key, run = self._kept
-            same = last.data is window.data and parameters is views and key == seed
-            if same and np.array_equal(last.index, window.index) and np.array_equal(last.rows, window.rows):
+        """The pass over a window's batches. Those of the last window are kept: validation comes back to it every epoch,
+        with the parameters and maybe with their average."""
+        backend = self.flow.backend
+        if self._kept is None or not _same(self._kept[0], window):
+            self._kept, self._passes = None, []  # first, for two windows may be more than there is memory
+            data, index, rows = (backend.asarray(array) for array in (window.data, window.index, window.rows))
+            self._kept = window, (data, index, rows)
+        for parameters, key, run in self._passes:
+            if parameters is views and key == seed:
                 return run
-        backend, self._kept = self.flow.backend, None
-        data, index, rows = (backend.asarray(array) for array in (window.data, window.index, window.rows))
+        data, index, rows = self._kept[1]
 
         def score() -> None:
             self._loader.load(self._ws, data, index, rows, self._state, seed, self.split.purpose)
@@ -157,7 +161,7 @@ class Evaluator:
             self.flow.network.forward(self._ws, views)
 
         run = backend.record(score)
-        self._kept = window, views, seed, run
+        self._passes = [*self._passes[-1:], (views, seed, run)]
         return run
 
     def row_log_probs(self, views: Views, seed: int, epoch: int) -> FloatArray:
@@ -213,6 +217,11 @@ class Evaluator:
                 error = weighted_error(values - mean, weights)
         effective = None if weights is None else effective_rows(weights)
         return Evaluation(n, mean, error, float(values.min()), bits_per_dim(self.flow, mean), effective)
+
+
+def _same(one: Window, other: Window) -> bool:
+    alike = one.data is other.data and np.array_equal(one.index, other.index)
+    return alike and np.array_equal(one.rows, other.rows)
 
 
 def weighted_error(gaps: FloatArray, weights: FloatArray) -> float:

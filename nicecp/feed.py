@@ -37,6 +37,22 @@ class Fed:
     fresh: bool
 
 
+def streamed_batches(
+    device: str, rows: int, batch_rows: int, n_batches: int, row_bytes: int, in_memory: bool, limit: int | None
+) -> int:
+    """Batches in a block of ``rows`` rows that stream to a device; 0 where they are all in its memory.
+
+    in_memory : whether the host has them all. limit : as of Feed. ValueError where it does not hold two batches.
+    """
+    if device == "cpu" or (in_memory and (limit is None or rows * (row_bytes + 16) <= limit)):  # with index and rows
+        return 0
+    batch_bytes = batch_rows * (row_bytes + 8)
+    block_bytes = BLOCK_BYTES if limit is None else limit // 2
+    if block_bytes < batch_bytes:
+        raise ValueError(f"device_memory_limit must hold two batches, {2 * batch_bytes:,} bytes, got {limit:,}")
+    return min(block_bytes // batch_bytes, n_batches)
+
+
 class Feed:
     """Feeds a trainer. limit : bytes of the device's memory that data may take; None for as many as it has.
 
@@ -48,16 +64,11 @@ class Feed:
         self._backend, self._reader = backend, reader
         split = reader.split
         size, row_bytes = reader.rows_of_batch, split.source.n_features * split.source.dtype.itemsize
-        self.streams = backend.device != "cpu" and (
-            not reader.resident or (limit is not None and len(split) * (row_bytes + 16) > limit)  # with index and rows
+        self._block = streamed_batches(
+            backend.device, len(split), size, reader.n_batches, row_bytes, reader.resident, limit
         )
+        self.streams = self._block > 0
         if self.streams:
-            batch_bytes = size * (row_bytes + 8)
-            block_bytes = BLOCK_BYTES if limit is None else limit // 2
-            if block_bytes < batch_bytes:
-                problem = f"device_memory_limit must hold two batches, {2 * batch_bytes:,} bytes, got {limit:,}"
-                raise ValueError(problem)
-            self._block = min(block_bytes // batch_bytes, reader.n_batches)  # batches
             self._slots = [_Slot(backend, reader, self._block) for _ in range(2)]
             self._order = backend.asarray(np.arange(self._block * size))
             return
@@ -102,7 +113,14 @@ class Feed:
     # --- streaming ----------------------------------------------------------------------------------------------------
 
     def _streamed(self, windows: Iterator[Window]) -> Generator[Fed, None, None]:
-        pieces = self._pieces(windows)
+        try:
+            yield from self._blocks(self._pieces(windows))
+        finally:
+            # Of an epoch that was left early a copy may be on its way still, and its memory, on both sides, given back.
+            for slot in self._slots:
+                slot.finish()
+
+    def _blocks(self, pieces: Iterator[tuple[Window, int, int]]) -> Generator[Fed, None, None]:
         with ThreadPoolExecutor(1) as worker:
 
             def gather(number: int) -> Callable[[], int]:
@@ -166,3 +184,10 @@ class _Slot:
     def ready(self) -> None:
         for upload in self._uploads:
             upload.ready()
+
+    def finish(self) -> None:
+        """Nothing is copied from or into the slot any more."""
+        self.ready()
+        for upload in self._uploads:
+            upload.done()
+        self._uploads = []

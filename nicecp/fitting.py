@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +19,22 @@ from nicecp.data_spec import DataSpec
 from nicecp.evaluate import check_fits, check_width
 from nicecp.extras import check_context, fit_context, weights_noted
 from nicecp.flow import NICE
+from nicecp.kernels import get_backend
 from nicecp.kernels.backend import Backend
 from nicecp.machine import versions
 from nicecp.optimizers import AdaM, Optimizer
 from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize, Standardize, Step
 from nicecp.presented import presented
+from nicecp.preset_table import RANGE
 from nicecp.presets import Settings
 from nicecp.records import Event, RunRecord
+from nicecp.sources import ArraySource
 from nicecp.split import Split
 from nicecp.train import Callbacks, Trainer, as_callbacks
 from nicecp.train_config import TrainConfig
 from nicecp.transform_fit import fit_transforms
-from nicecp.transform_spec import NONE
+from nicecp.transform_spec import NONE, as_text
 from nicecp.whitening import whitening_step
 
 MAX_RANGE = 1e6  # of dequantized values: float32 networks are trained on them as they are
@@ -68,10 +72,14 @@ def preprocessing_for(
             raise ValueError(f"the range must lie within -{MAX_RANGE:g} and {MAX_RANGE:g}, got {value_range}")
         if transform != NONE:
             raise ValueError("transforms of columns are for floats, and these are 8-bit data: leave them out")
+        if not standardize:
+            raise ValueError("8-bit data are not standardised: leave standardize out")
         first = Dequantize(*value_range)
         return (first,) if logit is None else (first, logit_step(train, None, value_range, logit))
     if transform != NONE and logit is not None:
         raise ValueError("a logit of all columns and transforms of single ones exclude each other: leave one out")
+    if tuple(value_range) != RANGE and logit is None:
+        raise ValueError("a value range is for 8-bit data, or for floats with a logit: leave value_range out")
     stats = column_stats(train)
     check_constant(stats, train, allow_constant)
     steps: tuple[Step, ...] = ()
@@ -117,8 +125,44 @@ def prepared(settings: Settings, splits: Splits, backend: Backend) -> tuple[tupl
     steps += whitening_step(
         settings.whiten, train, steps, splits.valid, settings.regularization, settings.seed, backend
     )
-    check_representable(splits, steps, settings.dtype)
+    check_representable(splits, steps, settings.dtype, settings.seed)
     return steps, events
+
+
+def fit_preprocessing(
+    data: Any,
+    transform: str | Mapping[Any, str] = "auto",
+    *,
+    columns: Sequence[str] | None = None,
+    sample_weight: Any = None,
+    standardize: bool = True,
+    whiten: str = "none",
+    regularization: float = 0.0,
+    allow_constant: bool = False,
+    seed: int = 0,
+) -> tuple[tuple[Step, ...], list[str]]:
+    """Column transforms, standardisation and whitening fitted to all rows of a table, for ``NICE(preprocessing=)``.
+
+    It is what ``fit`` does with its training rows; a flow that is given these steps keeps them in every fit.
+
+    data, transform, sample_weight, whiten : as for ``fit``; 8-bit integers are not for this
+    columns : names for those of an array
+
+    -> the steps, and a line for each column (and for what is worth knowing): what it was given, and why
+
+    Raises DataError, ValueError and TypeError as ``fit`` does.
+    """
+    spec: Any = data if columns is None else ArraySource(data, columns=columns)
+    if sample_weight is not None:
+        spec = DataSpec(spec, None, sample_weight)
+    with open_splits(spec, 0.0) as splits:
+        train, text = splits.train, as_text(transform)
+        if train.source.is_image8:
+            raise TypeError("fit_preprocessing is for tables of floats: pass x.astype(float) if these are numbers")
+        events = discrete_columns_noted(train)
+        steps = preprocessing_for(train, (0.0, 1.0), standardize, allow_constant, text, seed, events)
+        steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, get_backend("cpu"))
+    return steps, [event.message for event in events]
 
 
 def fit(
@@ -134,13 +178,14 @@ def fit(
     value_range: tuple[float, float] = (0.0, 1.0),
     standardize: bool = True,
     allow_constant: bool = False,
-    transform: str = NONE,
+    transform: str | Mapping[Any, str] = NONE,
     logit: float | None = None,
     whiten: str = "none",
     regularization: float = 0.0,
     activations: str = "store",
     schedule: str = "constant",
     weight_decay: float = 0.0,
+    weight_average: str = "none",
     context: Any = None,
     sample_weight: Any = None,
     callbacks: Callbacks = (),
@@ -152,12 +197,14 @@ def fit(
     ----------
     flow : NICE
     data : (n, d) array or pandas table, or a path "FILE.h5" or "FILE.h5:/dataset"
-        uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own.
+        uint8 is dequantized into ``value_range``, floats are standardised; a flow that has preprocessing keeps its own,
+        and takes on no other (fit_preprocessing makes it beforehand).
         A file's dataset ``valid`` validates; without one ``valid_fraction`` of the rows does: the last ones of images,
         keyed random ones of tables.
-    transform : str
+    transform : str or mapping
         Transforms of single float columns before standardisation: "auto", "quantile", or for each column
-        "mass=log,phi=angle,*=quantile" (docs/tables.md). record.events say what each column was given, and why.
+        {"mass": "log", "phi": "angle", "*": "quantile"}, also written "mass=log,phi=angle,*=quantile"
+        (docs/tables.md). record.events say what each column was given, and why.
     logit : float, optional
         A margin: values between the ends of ``value_range`` go through a logit (nicecp.preprocessing.Logit) first.
     whiten, regularization : see nicecp.whitening
@@ -172,6 +219,9 @@ def fit(
         The paper's AdaM by default.
     schedule : "constant" or "cosine"; weight_decay : float
         Of the learning rate over the epochs, and of the networks' weights (nicecp.decay).
+    weight_average : "none", "tail:EPOCHS" or "ema:DECAY"
+        Parameters averaged over the last epochs, or with a decay per epoch (nicecp.averaging), are validated beside
+        those of every epoch, and the better ones kept.
     activations : "store", "halves" or "recompute"
         What a step keeps for its backward pass (nicecp.network.ACTIVATIONS): memory against a third more work.
     patience : int or None
@@ -198,7 +248,7 @@ def fit(
     """
     if not isinstance(flow, NICE):
         raise TypeError(f"flow must be a NICE, got {reprlib.repr(flow)}")
-    called = as_callbacks(callbacks)
+    called, transform = as_callbacks(callbacks), as_text(transform)
     config = TrainConfig(
         epochs,
         batch_size,
@@ -208,6 +258,7 @@ def fit(
         activations=activations,
         schedule=schedule,
         weight_decay=weight_decay,
+        weight_average=weight_average,
     )
     spec: Any = data
     if context is not None or sample_weight is not None:
@@ -219,12 +270,14 @@ def fit(
         check_context(flow, train.source)
         if steps:
             check_fits(flow, train)
+            if transform != NONE or whiten != "none" or logit is not None:
+                logger.warning("the flow has preprocessing, which it keeps: transform, whiten and logit have no effect")
         else:
             given = (value_range, standardize, allow_constant, transform, seed, events, logit)
             steps = preprocessing_for(train, *given)
             steps += whitening_step(whiten, train, steps, splits.valid, regularization, seed, flow.backend)
         check_finite(splits)
-        check_representable(splits, steps, flow.dtype)
+        check_representable(splits, steps, flow.dtype, seed)
         scale = fit_context(train) if flow.context is None or flow.context.fresh else None
         flow.prepare(steps, train.source.info, train.source.is_image8, scale)
         config = replace(config, batch_size=min(batch_size, max(1, len(train))))

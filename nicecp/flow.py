@@ -48,10 +48,11 @@ class NICE(Density):
         Of parameters and computation. "auto" is float64, and becomes float32 when the flow is fitted to 8-bit images.
     seed : int
         Of the initial weights, 0 <= seed < 2**64.
-    coupling : "additive", "multiplicative" or "affine", or several of these
+    coupling : "additive", "multiplicative", "affine" or "spline", or several of these
         The law of all couplings, or a sequence of laws that is gone through again and again (nicecp.coupling).
-    partition : "odd-even", "halves" or a sequence of int
+    partition : "odd-even", "halves", "random" or a sequence of int
         The two parts that couplings change in turn: even and odd features, halves, or halves of a permutation of these.
+        repartition : after so many couplings, if not 0, the seed draws other parts, as it does for "random".
     network : "mlp" or a registered name
         What couplings read: dense ReLU layers, or a network of one's own. A law of one's own is a name in ``coupling``.
         See nicecp.registry and docs/extending.md.
@@ -81,6 +82,7 @@ class NICE(Density):
         *,
         coupling: str | Sequence[str] = "additive",
         partition: str | Sequence[int] = "odd-even",
+        repartition: int = 0,
         network: str = "mlp",
         n_context: int = 0,
         context_names: Sequence[str] | None = None,
@@ -92,7 +94,7 @@ class NICE(Density):
     ) -> None:
         open_dtype = isinstance(dtype, str) and dtype == "auto"
         made_of = (prior, "float64" if open_dtype else dtype, coupling, partition, network, n_context, precision)
-        spec = spec_of(n_features, hidden, n_couplings, *made_of)
+        spec = spec_of(n_features, hidden, n_couplings, *made_of, repartition, seed)
         if context_names is not None and not spec.n_context:
             raise ValueError("context_names are for a flow with a context: give n_context too")
         context = Context.unscaled(spec.n_context, context_names) if spec.n_context else None
@@ -287,7 +289,7 @@ class NICE(Density):
 
     @on_device
     def forward(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[FloatArray, Any]:
-        """x : (..., d) -> latent h : (..., d) and log abs det dh/dx : (...), a float for one row, in nats."""
+        """x : (..., d) -> latent h : (..., d), in data order, and log abs det dh/dx : (...) or a float, in nats."""
         rows, shape, given = self._rows(x, context)
         out, log_det = np.empty(rows.shape, np.float64), np.full(len(rows), self.network.log_det(self._views))
 
@@ -315,7 +317,7 @@ class NICE(Density):
     ) -> None:
         """h : (n, d) -> out : (n, d) in data space, log_det : (n,) += the couplings' and the steps', one chunk."""
         with self.backend.computing(), self._calls.borrow("inverse", len(h)) as call:
-            self._load(call.ws.h, h)
+            self._load(call.ws.h, h, self.spec.latent_columns)
             call.ws.load_context(self.backend, context, at)
             call.run()
             x = self.backend.copy_out(call.out).astype(np.float64, copy=False)
@@ -365,8 +367,8 @@ class NICE(Density):
         rows, shape, given = paired(rows, shape, context_of(context, self.context))
         return rows, shape, seen(given, self.context, self.dtype)
 
-    def _load(self, halves: Halves, z: FloatArray) -> None:
-        for half, columns in zip(halves, self.spec.columns, strict=True):
+    def _load(self, halves: Halves, z: FloatArray, parts: tuple[Any, Any] | None = None) -> None:
+        for half, columns in zip(halves, parts or self.spec.columns, strict=True):
             self.backend.copy_in(half, z[:, columns])
 
     def _run(

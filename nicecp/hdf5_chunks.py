@@ -39,10 +39,20 @@ class Chunks:
     Raises Unusable: too large, too many, missing, of a wrong size, or behind filters that are not read.
     """
 
-    def __init__(self, dataset: Any, shape: Sequence[int], lengths: Sequence[int], dtype: np.dtype[Any]) -> None:
-        """dataset : h5py.h5d.DatasetID of this shape, without a 0, in chunks of these lengths; read as this dtype."""
+    def __init__(
+        self,
+        dataset: Any,
+        shape: Sequence[int],
+        lengths: Sequence[int],
+        dtype: np.dtype[Any],
+        as_stored: bool = False,
+    ) -> None:
+        """dataset : h5py.h5d.DatasetID of this shape, without a 0, in chunks of these lengths; read as this dtype.
+
+        as_stored : the dtype is that of the bytes in the file, whatever HDF5 calls it.
+        """
         self._dataset, self._shape, self._lengths, self._dtype = dataset, tuple(shape), tuple(lengths), dtype
-        self.bytes = math.prod(lengths) * dataset.get_type().get_size()
+        self.bytes = math.prod(lengths) * (dtype.itemsize if as_stored else dataset.get_type().get_size())
         if self.bytes > MAX_CHUNK_BYTES:
             problem = f"its chunks of {self.bytes / 2**20:.0f} MiB are larger than {MAX_CHUNK_BYTES // 2**20} MiB"
             raise Unusable(problem, "store it in chunks of about 1 MiB")
@@ -53,7 +63,10 @@ class Chunks:
         self._filters = filters_of(dataset)
         self._verified = np.zeros(self._grid[0], bool)
         plain = self._filters in ((_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, _DEFLATE))
-        self.direct = plain and dataset.get_type() == h5py.h5t.py_create(dtype)
+        if as_stored:
+            self.direct = plain or not self._filters
+        else:
+            self.direct = plain and dataset.get_type() == h5py.h5t.py_create(dtype)
         self._unpacked: tuple[int, dict[tuple[int, ...], NDArray[Any]]] = (-1, {})  # the row of chunks read last
         self._list_chunks(count)
 
@@ -116,7 +129,8 @@ class Chunks:
                 block = kept.get(cells)
                 if block is None:
                     block = self._unpack((row, *cells))
-                    if math.prod(self._grid[1:]) * self.bytes <= _CACHE_BYTES:
+                    # a single one across is kept however large: next rows would unpack it again
+                    if math.prod(self._grid[1:]) * self.bytes <= max(_CACHE_BYTES, self.bytes):
                         kept[cells] = block
                 sides = zip(cells, self._lengths[1:], self._shape[1:], strict=True)
                 places = [slice(cell * side, min((cell + 1) * side, size)) for cell, side, size in sides]
@@ -125,19 +139,19 @@ class Chunks:
                 out[(slice(first - start, last - start), *places)] = part
 
     def _unpack(self, cells: tuple[int, ...]) -> NDArray[Any]:
-        """One chunk : lengths, of gzip with or without shuffle."""
+        """One chunk : lengths, of gzip with or without shuffle, or without filters."""
         place = int(np.ravel_multi_index(cells, self._grid))
         offset = self._name(place)
         mask, raw = self._dataset.read_direct_chunk(offset)
-        deflate = len(self._filters) - 1
+        deflate = len(self._filters) - 1  # the last one, if there is any
         try:
-            data = raw if mask >> deflate & 1 else zlib.decompressobj().decompress(raw, self.bytes + 1)
+            data = raw if deflate < 0 or mask >> deflate & 1 else zlib.decompressobj().decompress(raw, self.bytes + 1)
         except zlib.error as error:
             raise Unusable(f"chunk {offset} cannot be unpacked ({error})", "copy or download the file again") from None
         if len(data) != self.bytes:
             problem = f"chunk {offset} unpacks to {len(data)} bytes instead of {self.bytes}"
             raise Unusable(problem, "copy or download the file again")
-        if deflate and not mask & 1:  # shuffle: first the first bytes of all numbers, then the second ones, ...
+        if deflate > 0 and not mask & 1:  # shuffle: first the first bytes of all numbers, then the second ones, ...
             data = np.frombuffer(data, np.uint8).reshape(self._dtype.itemsize, -1).T.tobytes()
         return np.frombuffer(data, self._dtype).reshape(self._lengths)
 

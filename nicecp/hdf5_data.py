@@ -69,21 +69,27 @@ class Entry:
         return f"{self.path!r} {self.label}"
 
 
-def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
+def _child(group: h5py.Group, name: str | bytes) -> h5py.Group | h5py.Dataset | None:
     """The member of a group if it is a hard link to a group or dataset, else None. Opens nothing behind other links."""
-    try:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+    encoded = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+    try:  # not by h5py's groups, which take twice as long: a file may have thousands of members
+        if group.id.links.get_info(encoded).type != h5py.h5l.TYPE_HARD:
             return None
-        member = group.get(name)
+        opened = h5py.h5o.open(group.id, encoded)
     except HDF5_ERRORS:
         return None
-    return member if isinstance(member, (h5py.Group, h5py.Dataset)) else None
+    if isinstance(opened, h5py.h5g.GroupID):
+        return h5py.Group(opened)
+    return h5py.Dataset(opened) if isinstance(opened, h5py.h5d.DatasetID) else None
 
 
 def element_kind(dataset: h5py.Dataset) -> tuple[np.dtype[Any] | None, str]:
     """(the dtype to read, its name) for integers and floats of at most 8 bytes, else (None, what it is)."""
     kind = dataset.id.get_type()
-    if kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
+    number = kind.get_class()
+    # h5py writes complex numbers as two fields; to make a dtype of thousands takes a second
+    many = number == h5py.h5t.COMPOUND and kind.get_nmembers() != 2
+    if number not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) and not many:
         with contextlib.suppress(*HDF5_ERRORS):
             if dataset.dtype.kind == "c":
                 return None, "complex numbers"
@@ -122,9 +128,12 @@ def examine(dataset: h5py.Dataset, least_rank: int = 2) -> Layout:
     return Layout(shape, raw, chunks.bytes * math.prod(across), chunks)
 
 
-def stored_whole(dataset: h5py.Dataset) -> None:
+def stored_whole(dataset: h5py.Dataset, row_bytes: int = 0) -> None:
     """Unusable unless a dataset's numbers are in the file itself, behind filters that are read, and, where they are
-    contiguous, all there."""
+    contiguous, all there.
+
+    row_bytes : of a value in the file; 0 where it is as long as HDF5 says of its type
+    """
     if dataset.is_virtual:
         raise Unusable("it is a virtual dataset", "copy the numbers into this file")
     if dataset.external:
@@ -132,7 +141,8 @@ def stored_whole(dataset: h5py.Dataset) -> None:
     filters_of(dataset.id)
     if 0 in dataset.shape or dataset.chunks is not None:
         return
-    stored, size = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    size = math.prod(dataset.shape) * (row_bytes or dataset.id.get_type().get_size())
+    stored = dataset.id.get_storage_size()
     if stored == 0:  # HDF5 would hand out fill values
         raise Unusable("its numbers were never written", "write the file again")
     if stored != size:
@@ -182,9 +192,10 @@ def search(group: h5py.Group, path: str) -> Iterator[Entry]:
 
 def member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     """A member by name; None if there is none; Unusable if it is a soft or external link or cannot be opened."""
-    if group.get(name, getlink=True) is None:
+    encoded = name.encode("utf-8", "surrogateescape")
+    if not group.id.links.exists(encoded):
         return None
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+    if group.id.links.get_info(encoded).type != h5py.h5l.TYPE_HARD:
         raise Unusable("it is a soft or external link", "copy the dataset to this place in the file")
     found = _child(group, name)
     if found is None:
@@ -234,7 +245,8 @@ class HDF5Source:
         layout = examine(found, 1 if self._beside else 2)
         # one row of chunks stays decompressed, so that reading on does not inflate it again
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        access.set_chunk_cache(12421, min(max(layout.row_bytes, 2**20), _CACHE_BYTES), 0.75)
+        most = max(_CACHE_BYTES, 0 if layout.chunks is None else layout.chunks.bytes)
+        access.set_chunk_cache(12421, min(max(layout.row_bytes, 2**20), most), 0.75)
         handle = h5py.h5d.open(parent.id, last.encode("utf-8", "surrogateescape"), access)
         self._dataset = h5py.Dataset(handle)
         self._layout = layout

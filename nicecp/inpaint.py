@@ -13,7 +13,7 @@ from nicecp.context import context_of
 from nicecp.errors import TrainingError
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
-from nicecp.preprocessing import Dequantize
+from nicecp.preprocessing import Dequantize, MarginLogit
 from nicecp.spec import whole_number
 
 FloatArray = NDArray[np.float64]
@@ -47,10 +47,14 @@ def step_size(iteration: int) -> float:
 
 
 def box_of(flow: NICE) -> tuple[float, float] | None:
-    """The box in which dequantized 8-bit data lie; None for flows of floats, whose range is not known."""
+    """The box in which a flow's data lie: dequantized 8-bit values, or floats whose logit keeps a margin from its ends,
+    the same for all; None for other flows of floats, whose range is not known."""
     for step in flow.preprocessing:
         if isinstance(step, Dequantize):
             return step.low, step.high
+    first = flow.preprocessing[0] if flow.preprocessing else None
+    if isinstance(first, MarginLogit) and first.margin > 0 and np.ptp(first.low) == 0 and np.ptp(first.high) == 0:
+        return float(first.low[0]), float(first.high[0])
     return None
 
 
@@ -75,7 +79,7 @@ def inpaint(
     x : (n, d) in data space, within the box; hidden values are not looked at
     hidden : (d,) or (n, d) bool, True where a value is to be filled in
     box : (low, high)
-        That of the flow's 8-bit data by default; needed for flows of floats.
+        That of the flow's 8-bit data, or of floats behind a logit with a margin, by default; needed for other flows.
     variant : "text" or "code"
         text, section 5.2:  x <- clip(x + alpha_i (scale d log p(x) / dx + eps)), eps ~ N(0, I), alpha_i =
         10 / (100 + i), scale 1, clipped to the box.
@@ -167,7 +171,8 @@ def _checked_box(flow: NICE, box: tuple[float, float] | None) -> tuple[float, fl
         if own is None:
             raise ValueError("this flow was trained on floats: say between which values they lie (--box, box=)")
         return own
-    if own is not None and tuple(box) != own:
+    eight_bit = any(isinstance(step, Dequantize) for step in flow.preprocessing)
+    if eight_bit and own is not None and tuple(box) != own:
         raise ValueError(f"the box of this flow's 8-bit data is {own[0]:g},{own[1]:g}: leave the box (--box) out")
     low, high = float(box[0]), float(box[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nicecp.checkpoint import load_run
-from nicecp.data import column_stats, open_source, open_splits
+from nicecp.data import VALID_FRACTION, column_stats, open_source, open_splits
 from nicecp.data_spec import from_record
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_kind, check_width
@@ -25,6 +25,7 @@ from nicecp.masks import masks_of
 from nicecp.outputs import check_output
 from nicecp.records import RunRecord
 from nicecp.samples import as_images, check_drawable, dequantization_of
+from nicecp.scoring import recorded_settings
 from nicecp.split import Split
 
 StrPath = str | os.PathLike[str]
@@ -198,10 +199,11 @@ def _images(flow: NICE, data: Any, n: int, first: int, box: tuple[float, float] 
 def _training_mean(flow: NICE, record: RunRecord | None, data: Any) -> FloatArray | None:
     """(d,) mean of the rows that the flow was trained on, in data space, if they are in the data or where they were."""
     recorded = None if record is None else record.config.get("data")
-    step = dequantization_of(flow)
+    step, settings = dequantization_of(flow), recorded_settings(record)
+    rule = (VALID_FRACTION, 0) if settings is None else (settings.valid_fraction, settings.seed)
     for spec in [data, recorded] if isinstance(recorded, str) and recorded else [data]:
         try:
-            with open_splits(spec if record is None else from_record(spec, record.config)) as splits:
+            with open_splits(spec if record is None else from_record(spec, record.config), *rule) as splits:
                 if splits.train.source.fingerprint() != flow.info.fingerprint:
                     continue
                 mean = column_stats(splits.train).mean

@@ -11,6 +11,7 @@ from nicecp.coupling import apply_law, own_of
 from nicecp.records import Parameters
 from nicecp.registry import MLP, law_named, network_named
 from nicecp.spec import LAWS, ModelSpec
+from nicecp.spline import coupling_spline
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -21,13 +22,16 @@ def rms(values: Floats) -> float:
 
 
 def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterator[tuple[str, Floats]]:
-    """Every hidden layer's name and values before the ReLU : (n, h); of registered ones their kinks.
+    """Every hidden layer's name and values before the ReLU : (n, h); of splines and registered ones their kinks.
 
     z : (n, d + k), the rows in the flow's input space and, if it has one, their scaled context behind them
     """
     features, context = z[:, : spec.n_features], z[:, spec.n_features :]
     parts = [features[:, columns] for columns in spec.columns]
     for k, coupling in enumerate(spec.couplings):
+        index = spec.permutations[k]
+        if index is not None:
+            parts = np.hsplit(np.hstack(parts)[:, index], [spec.part_sizes[0]])
         own = own_of({name: parameters[f"couplings/{k}/{name}"] for name in spec.own_shapes(k)})
         y, layers = np.hstack([parts[coupling.conditions_on], context]), len(spec.dense_layers(k))
         for j in range(layers):
@@ -43,6 +47,8 @@ def hidden_layers(spec: ModelSpec, parameters: Parameters, z: Floats) -> Iterato
             yield from _kinks(f"couplings/{k}/network", network.kinks(y, own.network))
             y = np.asarray(network.forward(y, own.network)[0])
         changed = parts[coupling.transforms]
+        if coupling.law == "spline":  # across a knot the second derivative jumps
+            yield from _kinks(f"couplings/{k}/law", coupling_spline(changed, y)[1])
         if coupling.law not in LAWS:
             yield from _kinks(f"couplings/{k}/law", law_named(coupling.law).kinks(changed, y, own.law))
         parts[coupling.transforms] = apply_law(coupling.law, changed, y, own.law)

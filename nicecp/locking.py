@@ -8,7 +8,6 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
-from typing import Any
 
 from nicecp.errors import OutputError, about_file
 from nicecp.files import lock, reporting
@@ -21,11 +20,15 @@ _TRIES = 100
 
 
 def claim(
-    held: contextlib.ExitStack, out: StrPath, files: Sequence[str] = (), overwrite: bool = False, source: Any = None
+    held: contextlib.ExitStack,
+    out: StrPath,
+    files: Sequence[str] = (),
+    overwrite: bool = False,
+    inputs: Sequence[StrPath] = (),
 ) -> None:
     """Look whether these files could be written (nicecp.outputs), then hold the output's lock until ``held`` ends."""
     for path in files:
-        check_output(path, overwrite, source)
+        check_output(path, overwrite, *inputs)
     held.callback(OutputLock(out).release)
 
 

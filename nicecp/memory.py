@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from nicecp.data import Splits
 from nicecp.evaluate import BATCH, READ_ROWS
 from nicecp.flow import NICE
+from nicecp.kernels.cuda_pinned import STAGED
 from nicecp.machine import as_bytes
 from nicecp.plan import Cost, cost_of_run
 from nicecp.presets import Settings
@@ -61,20 +62,33 @@ def rows_within(limit: int, resident: int, cost: Cost, batch_size: int, row_byte
 
     limit : bytes of the process; resident : bytes that it has already. Raises ValueError where not one batch fits.
     """
-    fixed = resident + RESERVE + cost.parameter_bytes + SAVING * cost.parameter_bytes // 5 + cost.buffer_bytes
+    fixed = (
+        resident
+        + cost.pinned_bytes
+        + RESERVE
+        + cost.parameter_bytes
+        + SAVING * cost.parameter_bytes // 5
+        + cost.buffer_bytes
+    )
     window_row, scored_row = 2 * row_bytes + _WINDOW_ROW, 3 * row_bytes + _SCORED_ROW
     least = max(batch_size, BLOCK)
     needed = fixed + (least + 4 * batch_size) * window_row + (BATCH + BLOCK) * scored_row
     if limit < needed:
-        raise ValueError(_too_small(limit, needed, f"this model and a batch of {batch_size} rows"))
+        pinned = cost.pinned_bytes
+        what = f" and {as_bytes(pinned)} of page-locked memory (--device-memory-limit)" if pinned > STAGED else ""
+        raise ValueError(_too_small(limit, needed, f"this model and a batch of {batch_size} rows{what}"))
     free = limit - fixed
     scored = min(READ_ROWS, max(BATCH, int(free / 4 / scored_row) - BLOCK))
     window = int((free - (scored + BLOCK) * scored_row) / window_row) - 4 * batch_size
     return Rows(min(SHUFFLE_WINDOW, max(least, window)), scored)
 
 
-def within(limit: int | None, settings: Settings, splits: Splits, resumed: bool = False) -> tuple[Settings, int]:
+def within(
+    limit: int | None, settings: Settings, splits: Splits, device: str = "cpu", resumed: bool = False
+) -> tuple[Settings, int]:
     """Settings with a window, and the rows to read at a time for scoring, for a process of ``limit`` bytes.
+
+    device : of a Backend; on a GPU the page-locked memory through which data stream counts as well.
 
     The window is that of one rank, so that it does not depend on their number: of several each keeps a part of it.
 
@@ -85,7 +99,10 @@ def within(limit: int | None, settings: Settings, splits: Splits, resumed: bool 
     give_back_at_once()
     source, resident = splits.train.source, resident_bytes()
     row_bytes = source.n_features * source.dtype.itemsize
-    rows = rows_within(limit, resident, cost_of_run(settings, splits), settings.batch_size, row_bytes)
+    rows = rows_within(limit, resident, cost_of_run(settings, splits, device), settings.batch_size, row_bytes)
+    if device != "cpu" and not resumed and rows.window < len(splits.train):  # then they stream
+        cost = cost_of_run(replace(settings, window=rows.window), splits, device)
+        rows = rows_within(limit, resident, cost, settings.batch_size, row_bytes)
     if not resumed:
         return replace(settings, window=rows.window), rows.scored
     if min(settings.window, len(splits.train)) > rows.window:

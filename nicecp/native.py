@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from nicecp.borders import refuse_overflow
 from nicecp.context import Context
 from nicecp.kernels.backend import ALIGNMENT, PRIORS
-from nicecp.kernels.point import ColumnKind, PointModel, PointOp, Program
+from nicecp.kernels.point import ColumnKind, Law, PointModel, PointOp, Program
 from nicecp.params import Layout, Views
-from nicecp.preprocessing import Standardize, Step, Triangular, Zca
+from nicecp.preprocessing import MarginLogit, Standardize, Step, Triangular, Zca
 from nicecp.spec import LAWS, ModelSpec
 from nicecp.transforms import ColumnStep, Quantile, Student
 
@@ -29,7 +29,7 @@ PART = 4096  # rows
 SMALL = 2**16  # weights that stay in the second-level cache, so that blocks are faster than BLAS however many rows
 FEW = 2**19  # weights to multiply with, of all rows together, up to which larger flows' rows need no BLAS
 
-_LAWS = {law: number for number, law in enumerate(LAWS)}  # as PointOp.COUPLE counts them
+_LAWS = {law: int(getattr(Law, law.upper())) for law in LAWS}
 
 
 def _dense(program: Program, at: int, matrix: FloatArray, bias: FloatArray) -> int:
@@ -77,10 +77,23 @@ def _student(program: Program, at: int, step: Student) -> int:
     return at
 
 
+def _spline_functions() -> NDArray[np.int64]:
+    from nicecp.kernels._numba_spline import tile_function
+
+    return np.array([tile_function("values")], np.int64)
+
+
 def _quantile(program: Program, at: int, step: Quantile) -> int:
     for column, knots in zip(step.columns, step.splines, strict=True):
         table = np.concatenate([[len(knots.x)], knots.tail, knots.x, knots.z, knots.slope])
         program.add(PointOp.COLUMN, at + int(column), ColumnKind.QUANTILE, arrays=(table,))
+    return at
+
+
+def _margin_logit(program: Program, at: int, step: MarginLogit) -> int:
+    tables = np.stack([step.low, 1 / (step.high - step.low), np.full(len(step.low), step.margin)], axis=1)
+    for column, table in enumerate(tables):
+        program.add(PointOp.COLUMN, at + column, ColumnKind.MARGIN, arrays=(table,))
     return at
 
 
@@ -100,6 +113,7 @@ _STEPS: dict[str, Callable[[Program, int, Any], int]] = {
     "angle": _columns(ColumnKind.ANGLE, "cut", "period"),
     "student": _student,
     "quantile": _quantile,
+    "margin-logit": _margin_logit,
 }
 
 
@@ -133,23 +147,36 @@ def point_program(spec: ModelSpec, views: Views, steps: Sequence[Step], context:
         at = _STEPS[step.kind](program, at, step)
         program.log_det += step.log_det
     program.add(PointOp.CHECK, at, spec.n_features)
-    halves, order = [program.place(size + k) for size in parts], spec.column_order
-    for place, size, index in zip(halves, parts, (order[: parts[0]], order[parts[0] :]), strict=True):
-        program.add(PointOp.GATHER, place, size, at, arrays=(index,))
-        if k:  # every network reads it behind the part that it conditions on
-            program.add(PointOp.CONTEXT, place, k, size)
-        if context is not None:
-            program.add(PointOp.STANDARDIZE, place + size, k, arrays=(context.mean, context.std))
+
+    def places() -> list[int]:
+        """Of the two halves, with the context behind each: every network reads it after the part it conditions on."""
+        made = [program.place(size + k) for size in parts]
+        for place, size in zip(made, parts, strict=True):
+            if k:
+                program.add(PointOp.CONTEXT, place, k, size)
+            if context is not None:
+                program.add(PointOp.STANDARDIZE, place + size, k, arrays=(context.mean, context.std))
+        return made
+
+    halves, order = places(), spec.column_order
+    for place, picked in zip(halves, (order[: parts[0]], order[parts[0] :]), strict=True):
+        program.add(PointOp.GATHER, place, len(picked), at, arrays=(picked,))
+    spare = places() if any(index is not None for index in spec.permutations) else []
     widest = max(max(spec.layer_sizes(k)[1:]) for k in range(len(spec.couplings)))
     turns = [program.place(max(widest, *parts)) for _ in range(2)]
-    for coupling, layers in zip(spec.couplings, views.couplings, strict=True):
+    for coupling, layers, index in zip(spec.couplings, views.couplings, spec.permutations, strict=True):
+        if index is not None:
+            halves, spare = spare, halves
+            for place, picked in zip(halves, np.split(index, [parts[0]]), strict=True):
+                program.add(PointOp.PERMUTE, place, len(picked), *spare, parts[0], arrays=(picked,))
         source = halves[coupling.conditions_on]
         for j, (weight, bias) in enumerate(layers):
             numbers = (turns[j % 2], weight.shape[0], source, weight.shape[1], j < len(layers) - 1, False)
             program.add(PointOp.DENSE, *numbers, arrays=(weight, bias))
             source = turns[j % 2]
         changed = coupling.transforms
-        program.add(PointOp.COUPLE, halves[changed], parts[changed], source, _LAWS[coupling.law])
+        functions = (_spline_functions(),) if coupling.law == "spline" else ()
+        program.add(PointOp.COUPLE, halves[changed], parts[changed], source, _LAWS[coupling.law], arrays=functions)
     for place, size, log_scale in zip(halves, parts, views.scaling, strict=True):
         program.add(PointOp.PRIOR, place, size, turns[0], PRIORS[spec.prior], arrays=(log_scale,))
     return program

@@ -31,7 +31,7 @@ class Workspace:
 
     x : (n, d0), (n, d1) inputs, overwritten in place unless keep, and by a backward pass that recomputes (with what it
     makes of the output); h : the same shapes, latent; logp, dlogp, weight, log_det (of the couplings; None if they
-    preserve volume) : (n,) float64; dx : gradients by the halves (keep only). context : (n, k) standardised, or None
+    preserve volume) : (n,) float64; dx : gradients by the inputs (keep only). context : (n, k) standardised, or None
     without one; passes leave it as it is. before : (n,) float64 log-determinants of the rows' own on their way to x,
     part of logp; None, unless whoever loads rows sets it.
     """
@@ -49,7 +49,7 @@ class Workspace:
             return backend.alloc((n, parts[0]), dtype), backend.alloc((n, parts[1]), dtype)
 
         self.x = halves()
-        self.h = halves() if keep else self.x
+        h = halves() if keep else None
         self.logp = backend.alloc(n, np.float64)
         self.dlogp = backend.alloc(n, np.float64)
         self.weight = backend.alloc(n, np.float64)
@@ -78,9 +78,23 @@ class Workspace:
         dinputs = (wide(0), wide(1)) if keep else (None, None)
         held: list[object] = []  # what a registered network saves, where one at a time is enough
         self.couplings: list[Buffers] = []
-        parts_now, begun = list(self.x), False
+        self.moves: list[tuple[Halves, Halves] | None] = []  # before and behind a permutation in front of each coupling
+        self.dxs: list[Halves] = []  # keep only: gradients by the halves in front of each coupling
+        self.dx = halves() if keep else None
+        # What is worked on in place moves to and fro between two pairs.
+        moving = any(index is not None for index in spec.permutations)
+        pairs = (self.x, halves()) if moving and in_place else None
+        dpairs = (self.dx, halves() if moving else self.dx) if self.dx is not None else None
+        turn, parts_now, begun = 0, list(self.x), False
         for k, layers in enumerate(sizes):
-            coupling = spec.couplings[k]
+            coupling, move = spec.couplings[k], None
+            if spec.permutations[k] is not None:
+                turn = 1 - turn
+                move = (parts_now[0], parts_now[1]), halves() if pairs is None else pairs[turn]
+                parts_now = list(move[1])
+            self.moves.append(move)
+            if dpairs is not None:
+                self.dxs.append(dpairs[turn])
             turns = [scratch[j % 2][: n * size].reshape(n, size) for j, size in enumerate(layers[1:-1])]
             if store:
                 hidden = [backend.alloc((n, size), dtype) for size in layers[1:-1]]
@@ -102,7 +116,7 @@ class Workspace:
             begun = begun or factor
             parts_now[coupling.transforms] = y
         self.y = parts_now[0], parts_now[1]  # behind the last coupling
-        self.dx = halves() if keep else None
+        self.h = self.y if h is None else h
 
     def load_context(self, backend: Backend, context: NDArray[Any] | None, at: slice) -> Any:
         """Rows ``at`` of a context as networks see it : (m, k), or (1, k) for all rows -> which are NaN, or False."""
@@ -120,6 +134,13 @@ class Network:
         self.spec, self.backend = spec, backend
         self.layout = Layout(spec)
         self.order: Array = backend.asarray(spec.column_order)  # (d,) int64: which data columns are in which part
+        same = spec.latent_order is spec.column_order
+        self.latent_order: Array = self.order if same else backend.asarray(spec.latent_order)
+        # In front of each coupling: how the halves are permuted, and the inverse of that; None where they are not.
+        self.permutations = [
+            None if index is None else (backend.asarray(index), backend.asarray(np.argsort(index)))
+            for index in spec.permutations
+        ]
         self.prior = PRIORS[spec.prior]
         self.couplings = [coupling_of(coupling) for coupling in spec.couplings]
         if spec.registered and backend.device != "cpu":
@@ -135,7 +156,10 @@ class Network:
         Pair: backward.
         """
         each = zip(self.couplings, ws.couplings, params.couplings, params.own, strict=True)
-        for coupling, at, layers, own in each:
+        for k, (coupling, at, layers, own) in enumerate(each):
+            move = ws.moves[k]
+            if move is not None:
+                self._permute(k, 0, *move)
             coupling.forward(self.backend, at, layers, own_of(own))
         self.backend.scale_prior_forward(ws.logp, *ws.h, *ws.y, *params.scaling, self.prior)
         if ws.log_det is not None:
@@ -163,11 +187,11 @@ class Network:
     def backward_prior(
         self, ws: Workspace, params: Views, grads: Views | None, ready: Callable[[Range], None] | None = None
     ) -> None:
-        """The first part of backward: ws.dlogp -> ws.dx behind the last coupling, and the scaling's gradients."""
-        if ws.dx is None:
+        """The first part of backward: ws.dlogp -> the gradient behind the last coupling, and by the scaling."""
+        if not ws.dxs:
             raise ValueError("backward needs a workspace that keeps activations")
         ds0, ds1 = grads.scaling if grads is not None else (None, None)
-        self.backend.scale_prior_backward(*ws.dx, ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
+        self.backend.scale_prior_backward(*ws.dxs[-1], ds0, ds1, ws.dlogp, *ws.h, *params.scaling, self.prior)
         if ready is not None:
             ready(self.layout.scaling)
 
@@ -180,10 +204,9 @@ class Network:
         want_dx: bool,
         ready: Callable[[Range], None] | None = None,
     ) -> None:
-        """Of backward: coupling k, when those above it are done. ws.dx in front of it, and its gradients."""
-        dx, coupling, at, layers = ws.dx, self.couplings[k], ws.couplings[k], params.couplings[k]
-        own = own_of(params.own[k])
-        assert dx is not None
+        """Of backward: coupling k, when those above it are done. The gradient in front of it, and of its parameters."""
+        dx, coupling, at, layers = ws.dxs[k], self.couplings[k], ws.couplings[k], params.couplings[k]
+        own, move = own_of(params.own[k]), ws.moves[k]
         assert ws.dcondition is not None
         if ws.activations == "halves":
             coupling.refill(self.backend, at, layers, own)
@@ -208,10 +231,14 @@ class Network:
             ready(self.layout.own[k])
         if dcondition is not None:
             self.backend.couple(dx[c], dx[c], dcondition, 1)
+        if move is not None:
+            self._permute(k, 1, dx, ws.dxs[k - 1])
+            if ws.activations == "recompute":
+                self._permute(k, 1, *move[::-1])
 
     def inverse(self, ws: Workspace, params: Views) -> None:
         """ws.h -> ws.x and ws.log_det, of the inverse (a workspace without keep: in place)."""
-        self.backend.scale_inverse(*ws.x, *ws.h, *params.scaling)
+        self.backend.scale_inverse(*ws.y, *ws.h, *params.scaling)
         self.invert_couplings(ws, params)
 
     def invert_couplings(self, ws: Workspace, params: Views) -> None:
@@ -221,6 +248,15 @@ class Network:
             at = replace(ws.couplings[k], first=not begun)
             begun = begun or at.log_det is not None
             self.couplings[k].inverse(self.backend, at, params.couplings[k], own_of(params.own[k]))
+            move = ws.moves[k]
+            if move is not None:
+                self._permute(k, 1, *move[::-1])
+
+    def _permute(self, k: int, back: int, start: Halves, to: Halves) -> None:
+        """Halves in front of the permutation before coupling k -> those behind it; back 1: its inverse."""
+        permutation = self.permutations[k]
+        assert permutation is not None
+        self.backend.permute(*to, *start, permutation[back])
 
     def log_det(self, params: Views) -> float:
         """log abs det of the scaling, the same for every row: sum(s), in nats."""

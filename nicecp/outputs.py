@@ -37,7 +37,7 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise OutputError(about_file(path, f"it is {kind}", "choose another name"))
-        if any(_same_file(path, other) for other in inputs):
+        if any(same_file(path, other) for other in inputs):
             raise OutputError(about_file(path, "it is one of the inputs", "choose another name"))
         if not overwrite:
             raise OutputError(
@@ -52,7 +52,8 @@ def check_output(path: StrPath, overwrite: bool, *inputs: Any) -> None:
         raise OutputError(about_file(path, f"its folder cannot be written ({reason})", remedy)) from None
 
 
-def _same_file(path: StrPath, other: Any) -> bool:
+def same_file(path: StrPath, other: Any) -> bool:
+    """Whether ``other``, a file or 'FILE.h5:/DATASET', is the file at this path; False for what is no file."""
     if not isinstance(other, (str, os.PathLike)):
         return False
     name = os.fspath(other)

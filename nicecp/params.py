@@ -96,7 +96,7 @@ class Layout:
                 named[f"couplings/{k}/layers/{j}/bias"] = bias
             named |= {f"couplings/{k}/{name}": array for name, array in views.own[k].items()}
         log_scale = np.empty(self.spec.n_features, self.spec.dtype)
-        for columns, part in zip(self.spec.columns, views.scaling, strict=True):
+        for columns, part in zip(self.spec.latent_columns, views.scaling, strict=True):
             log_scale[columns] = part
         named["scaling/log_scale"] = log_scale
         return named
@@ -123,7 +123,7 @@ class Layout:
                 backend.copy_in(bias, named[f"couplings/{k}/layers/{j}/bias"])
             for name, array in views.own[k].items():
                 backend.copy_in(array, named[f"couplings/{k}/{name}"])
-        for columns, log_scale in zip(self.spec.columns, views.scaling, strict=True):
+        for columns, log_scale in zip(self.spec.latent_columns, views.scaling, strict=True):
             backend.copy_in(log_scale, named["scaling/log_scale"][columns])
 
 

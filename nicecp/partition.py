@@ -1,4 +1,4 @@
-"""Partitions that are not named: a permutation of the columns drawn from a seed, or read from a text file."""
+"""A partition that is read from a text file."""
 
 from __future__ import annotations
 
@@ -6,21 +6,11 @@ import os
 import re
 import stat
 
-import numpy as np
-
 from nicecp.errors import DataError, about_file
 from nicecp.files import reason
-from nicecp.kernels.backend import Purpose
-from nicecp.kernels.philox import random_keys
 
 MAX_COLUMNS = 100_000  # of an order among a run's settings, whose JSON is limited in a checkpoint
 _MAX_BYTES = 16 * MAX_COLUMNS
-
-
-def random_order(n_features: int, seed: int) -> tuple[int, ...]:
-    """A random permutation of the columns, by the seed alone: columns sorted by their random keys."""
-    keys = random_keys(seed, Purpose.PARTITION, 0, np.arange(n_features, dtype=np.int64))
-    return tuple(np.argsort(keys, kind="stable").tolist())
 
 
 def order_from_file(path: str | os.PathLike[str]) -> tuple[int, ...]:

@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
+from nicecp.averaging import NONE
 from nicecp.beside import n_context_of
 from nicecp.data import Splits
 from nicecp.evaluate import BATCH
+from nicecp.feed import streamed_batches
+from nicecp.kernels.cuda_pinned import STAGED
 from nicecp.presets import Settings
 from nicecp.reconstruction import workspace_bytes
+from nicecp.registry import MLP
 from nicecp.spec import ModelSpec
+from nicecp.split import Split
 from nicecp.train import Trainer
 
 
 @dataclass(frozen=True)
 class Cost:
     """flops: of one training step (multiplications and additions of its matrix products). The others are bytes:
-    parameters, gradients, two moments and the best model; buffers of a step and of validation; data kept in memory."""
+    parameters, gradients, two moments, the best model and, where they are averaged, that; buffers of a step and of
+    validation; data kept in memory; page-locked memory of the host, through which data stream to a GPU."""
 
     n_parameters: int
     flops: int
     parameter_bytes: int
     buffer_bytes: int
     data_bytes: int
+    pinned_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.parameter_bytes + self.buffer_bytes + self.data_bytes
+        return self.parameter_bytes + self.buffer_bytes + self.data_bytes + self.pinned_bytes
 
 
 def flops_of(spec: ModelSpec, n: int) -> tuple[int, int]:
     """(forward, training step) for n rows: 2 n i o for each product of (n, i) and (i, o).
 
-    A step has three products for each layer (y, dx, dw); the first layer of the first coupling needs no dx.
+    A step has three products for each layer (y, dx, dw); the first layer of the first coupling needs no dx. Of a
+    registered network each parameter of two dimensions or more counts as one such product: what it does is not known.
     """
     forward, first = 0, 0
-    for k in range(len(spec.couplings)):
-        sizes = spec.layer_sizes(k)
-        products = [2 * n * a * b for a, b in pairwise(sizes)]
+    for k, coupling in enumerate(spec.couplings):
+        sizes = [a * b for a, b in spec.dense_layers(k)]
+        if coupling.network != MLP:
+            sizes = [math.prod(shape) for name, shape in spec.own_shapes(k).items()
+                     if name.startswith("network/") and len(shape) > 1]  # fmt: skip
+        products = [2 * n * size for size in sizes]
         forward += sum(products)
-        first = first or products[0]
+        if k == 0 and coupling.network == MLP:  # a registered one is asked for dx all the same
+            first = products[0]
     return forward, 3 * forward - first
 
 
@@ -54,11 +66,13 @@ def cost_of(
     row_bytes: int = 0,
     whitened: bool = False,
     activations: str = "store",
+    averaged: bool = False,
 ) -> Cost:
     """The cost of training this architecture, with the buffers of loading.Loader.
 
     whitened : a matrix (d, d) is part of the preprocessing, in float64 and for training and scoring.
-    activations : network.ACTIVATIONS; what is computed once more counts as operations.
+    activations : network.ACTIVATIONS; what is computed once more counts as operations. averaged : with the average of
+    the parameters (nicecp.averaging).
     """
     item = 4 if spec.dtype == "float32" else 8
     d, n = spec.n_features, batch_size
@@ -74,14 +88,27 @@ def cost_of(
     return Cost(
         n_parameters=spec.n_parameters,
         flops=flops,
-        parameter_bytes=5 * spec.n_parameters * item,
+        parameter_bytes=(5 + averaged) * spec.n_parameters * item,
         buffer_bytes=training + scoring,
         data_bytes=rows_in_memory * row_bytes,
     )
 
 
-def cost_of_run(settings: Settings, splits: Splits) -> Cost:
-    """The cost of a run with these settings on these rows, of which at most two shuffle windows are in memory."""
+def pinned_bytes(settings: Settings, train: Split, device: str) -> int:
+    """Page-locked memory of the host that a run on a device takes: two blocks of streamed data, and its copies'."""
+    if device == "cpu":
+        return 0
+    row, size = train.source.n_features * train.source.dtype.itemsize, settings.batch_size
+    rows, limit = len(train), settings.device_memory_limit
+    batches = streamed_batches(device, rows, size, rows // size, row, rows <= settings.window, limit)
+    return 2 * batches * size * (row + 8) + STAGED
+
+
+def cost_of_run(settings: Settings, splits: Splits, device: str = "cpu") -> Cost:
+    """The cost of a run with these settings on these rows, of which at most two shuffle windows are in memory.
+
+    device : of a Backend. Raises ValueError where the limit on its memory does not hold two batches.
+    """
     source = splits.train.source
     rows = min(len(splits.train), 2 * settings.window)
     if splits.valid is not None:
@@ -89,9 +116,11 @@ def cost_of_run(settings: Settings, splits: Splits) -> Cost:
     row_bytes = source.n_features * source.dtype.itemsize
     spec = settings.model_spec(source.n_features, n_context_of(source))
     matrix = settings.whiten != "none" or (settings.logit is not None and not source.is_image8 and settings.standardize)
-    cost = cost_of(spec, settings.batch_size, rows, row_bytes, matrix, settings.activations)
+    cost = cost_of(
+        spec, settings.batch_size, rows, row_bytes, matrix, settings.activations, settings.weight_average != NONE
+    )
     kept = 2 * source.n_rows * 8 * (spec.n_context + (source.weight is not None))  # here and on the device
-    return replace(cost, data_bytes=cost.data_bytes + kept)
+    return replace(cost, data_bytes=cost.data_bytes + kept, pinned_bytes=pinned_bytes(settings, splits.train, device))
 
 
 @dataclass(frozen=True)

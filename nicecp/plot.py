@@ -159,6 +159,7 @@ def curve_figure(record: RunRecord) -> Figure:
     values: dict[str, Callable[[EpochRecord], float]] = {
         "train": lambda row: row.train_log_likelihood,
         "validation": lambda row: row.valid_log_likelihood,
+        "validation, averaged": lambda row: row.average_log_likelihood,
     }
     few = "." if len(history) < 30 else ""
     for label, value in values.items():

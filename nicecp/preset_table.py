@@ -1,4 +1,4 @@
-"""The presets: the paper's models, those of the authors' published files, and two of our own."""
+"""The presets: the paper's models, those of the authors' published files, and four of our own."""
 
 from __future__ import annotations
 
@@ -150,6 +150,22 @@ PRESETS = {
             200,
             transform="quantile",
             coupling=("affine",),
+            schedule="cosine",
+            weight_decay=0.5,
+        ),
+        # A neural spline flow (Durkan et al. 2019): docs/results.md, "Splines on tables".
+        Preset(
+            "tabular-spline",
+            "tables of floats, couplings of splines",
+            (128,) * 2,
+            6,
+            "logistic",
+            "he",
+            TABULAR_ADAM,
+            256,
+            100,
+            transform="quantile",
+            coupling=("spline",),
             schedule="cosine",
             weight_decay=0.5,
         ),

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nicecp.averaging import average_kind
 from nicecp.decay import check_decay
 from nicecp.kernels import PRECISIONS
 from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
-from nicecp.partition import MAX_COLUMNS, random_order
+from nicecp.orders import PARTITIONS, RANDOM
+from nicecp.partition import MAX_COLUMNS
 from nicecp.preset_table import RANGE, choose
 from nicecp.registry import MLP, is_law, is_network
-from nicecp.spec import DTYPES, LAWS, PARTITIONS, ModelSpec, alternating
+from nicecp.spec import DTYPES, LAWS, ModelSpec, alternating, partition_of, repartitioned
 from nicecp.train_config import TrainConfig
-from nicecp.transform_spec import NONE, parse
+from nicecp.transform_spec import NONE, as_text, parse
 from nicecp.whitening import KINDS
 
 INITS = ("paper", "he")
@@ -29,7 +31,8 @@ class Settings:
     patience: epochs without a better validation log-likelihood before stopping. value_range: of dequantized 8-bit
     data. window: rows shuffled together. whiten, regularization: see nicecp.whitening. hidden_by_coupling: hidden
     layers of each coupling, where they differ (``hidden`` is then empty), else None. partition: of ModelSpec, or
-    "random", a permutation from the seed; order: that of "permutation". activations: what is kept for the backward pass
+    "random", a permutation from the seed; order: that of "permutation"; repartition: after so many couplings the seed
+    draws another (0: never). activations: what is kept for the backward pass
     (nicecp.network.ACTIVATIONS).
     """
 
@@ -60,17 +63,17 @@ class Settings:
     activations: str = "store"
     schedule: str = "constant"  # of the learning rate: nicecp.decay
     weight_decay: float = 0.0
+    weight_average: str = "none"  # nicecp.averaging
     transform: str = NONE  # of single float columns: nicecp.transform_spec
     precision: str = "full"  # nicecp.kernels.PRECISIONS
+    repartition: int = 0
     device_memory_limit: int | None = None  # bytes of a GPU for training data (nicecp.feed): changes no result
 
     def model_spec(self, n_features: int, n_context: int = 0) -> ModelSpec:
         couplings = alternating(self.hidden_by_coupling or self.hidden, self.couplings, self.coupling, self.network)
-        partition, order = self.partition, self.order
-        if partition == "random":
-            partition, order = "permutation", random_order(n_features, self.seed)
-        form = partition, order
-        return ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, self.precision, *form)
+        form = partition_of(self.partition if self.order is None else self.order, n_features, self.seed)
+        spec = ModelSpec(n_features, couplings, self.prior, self.dtype, n_context, self.precision, *form)
+        return repartitioned(spec, self.repartition, self.seed)
 
     def train_config(self) -> TrainConfig:
         """What the training loop needs of them."""
@@ -84,6 +87,8 @@ class Settings:
         if self.hidden_by_coupling is not None:
             values["hidden_by_coupling"] = [list(hidden) for hidden in self.hidden_by_coupling]
         values["order"] = None if self.order is None else list(self.order)
+        if not self.repartition:  # settings of runs without it stay those that earlier versions know
+            del values["repartition"]
         values["optimizer"] = {"kind": self.optimizer.kind, **asdict(self.optimizer)}
         return values
 
@@ -126,7 +131,14 @@ TRAINING = tuple(
 CHANGEABLE = ("epochs", "patience", "activations", "device_memory_limit")
 
 # Names under which a run's caller may give settings; None means "as the preset or the data say".
-NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer"))
+NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("preset", "optimizer", "window"))
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """TypeError for a setting that there is not."""
+    unknown = sorted(given.keys() - set(NAMES))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}")
 
 
 def optimizer_with(base: Optimizer, kind: str | None, numbers: Mapping[str, float | None]) -> Optimizer:
@@ -155,10 +167,10 @@ def resolve(
     Raises ValueError where a value is out of bounds or does not apply to the data.
     """
     chosen = choose(preset, data, eight_bit)
-    unknown = sorted(given.keys() - set(NAMES))
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}")
+    check_names(given)
     values = {name: value for name, value in given.items() if value is not None}
+    if "transform" in values:
+        values["transform"] = as_text(values["transform"])
     if not eight_bit and "value_range" in values and "logit" not in values:
         problem = (
             "a value range (--range) is for 8-bit data, or for floats with a logit (--logit), and these are floats"
@@ -172,6 +184,8 @@ def resolve(
         raise ValueError("transforms of columns (--transform) are for floats, and these are 8-bit data: leave them out")
     if eight_bit and values.get("standardize") is False:
         raise ValueError("8-bit data are not standardised: leave --no-standardize out")
+    if eight_bit and values.get("allow_constant"):
+        raise ValueError("8-bit data may have constant columns anyway: leave --allow-constant out")
     if values.get("dtype") in (None, "auto"):
         values["dtype"] = "float32" if eight_bit else "float64"
     settings = Settings(
@@ -234,8 +248,10 @@ def check(settings: Settings) -> None:
         raise ValueError(f"hidden_by_coupling must be {settings.couplings} lists of sizes of at least 1, got {each}")
     if not is_network(settings.network):
         raise ValueError(f"network must be {MLP} or a registered one, got {settings.network!r}")
-    if settings.partition not in (*PARTITIONS, "random"):
-        raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, 'random'))}, got {settings.partition!r}")
+    if settings.partition not in (*PARTITIONS, RANDOM):
+        raise ValueError(f"partition must be one of {', '.join((*PARTITIONS, RANDOM))}, got {settings.partition!r}")
+    if settings.repartition < 0:
+        raise ValueError(f"repartition must be at least 0, got {settings.repartition}")
     if (settings.order is None) == (settings.partition == "permutation"):
         raise ValueError(f"an order belongs to the partition 'permutation' and to no other, got {settings.partition!r}")
     if settings.order is not None and len(settings.order) > MAX_COLUMNS:
@@ -253,6 +269,7 @@ def check(settings: Settings) -> None:
     if settings.activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {settings.activations!r}")
     check_decay(settings.schedule, settings.weight_decay)
+    average_kind(settings.weight_average)
     if settings.transform != NONE:
         parse(settings.transform)
     for name in ("epochs", "batch_size", "couplings"):

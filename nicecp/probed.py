@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from typing import Any
 
 from nicecp import probe
 from nicecp.errors import NicecpError
@@ -46,18 +47,32 @@ def look(path: str, dataset: str | None) -> None:
     from nicecp.hdf5_data import HDF5Source
     from nicecp.table_files import CompoundSource, columns_below
 
-    with contextlib.suppress(NicecpError):
-        candidates(path)
     found = [] if dataset is None else [dataset]
-    with contextlib.suppress(NicecpError):
+    try:
         roles, test = locate(path, dataset)
         found = [*roles.values(), test]
+        searched = False
+    except NicecpError:
+        searched = dataset is None  # the whole file, for want of the usual names
+    if not searched:
+        with contextlib.suppress(NicecpError):
+            candidates(path)
     columns = [column for place in found or ["/"] for column in columns_below(path, place)]
     for name in dict.fromkeys([*found, *columns]):
-        for open_one in (CompoundSource, lambda path, name: HDF5Source(path, name, beside=True)):
-            with contextlib.suppress(NicecpError), contextlib.closing(open_one(path, name)) as source:
-                source.read(0, 1)
-                source.read(source.n_rows - 1, source.n_rows)
+        with (
+            contextlib.suppress(NicecpError),
+            contextlib.closing(CompoundSource(path, name, numbers_only=True)) as table,
+        ):
+            _read_ends(table)
+            continue
+        with contextlib.suppress(NicecpError), contextlib.closing(HDF5Source(path, name, beside=True)) as source:
+            _read_ends(source)
+
+
+def _read_ends(source: Any) -> None:
+    """The first and the last row."""
+    source.read(0, 1)
+    source.read(source.n_rows - 1, source.n_rows)
 
 
 def _limit(kind: int, value: int) -> None:

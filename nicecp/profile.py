@@ -19,7 +19,10 @@ PARTS: dict[str, tuple[int, ...]] = {  # part of the step -> its calls on the ta
     "products, forward": (Op.DENSE_FORWARD, Op.MATMUL),
     "products, backward": (Op.DENSE_BACKWARD,),
     "masks and bias gradients": (Op.BIAS_RELU_BACKWARD,),
-    "couplings": (Op.COUPLE, Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.ACCUMULATE, Op.SCALE_INVERSE),
+    "couplings": (
+        *(Op.COUPLE, Op.FACTOR_FORWARD, Op.FACTOR_BACKWARD, Op.SPLINE_FORWARD, Op.SPLINE_BACKWARD),
+        *(Op.ACCUMULATE, Op.SCALE_INVERSE, Op.PERMUTE),
+    ),
     "prior and loss": (Op.SCALE_PRIOR_FORWARD, Op.SCALE_PRIOR_BACKWARD, Op.LOSS),
     "update": (Op.UPDATE, Op.ADVANCE),
     "barriers": (),

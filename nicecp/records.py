@@ -33,6 +33,7 @@ class EpochRecord:
     valid_log_likelihood: float
     learning_rate: float
     seconds: float
+    average_log_likelihood: float = float("nan")  # of the averaged parameters on the validation set, if there are any
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RunRecord:
     epoch: int = 0  # completed epochs
     best_epoch: int = 0
     best_valid_log_likelihood: float = float("nan")
+    best_average: int = 0  # epochs whose parameters the best ones are the average of; 0: an epoch's own
     history: list[EpochRecord] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
@@ -74,6 +76,8 @@ class ResumeState:
     stale_epochs: int  # epochs since the best one: the patience counter
     epoch_seconds: float  # time spent so far in the unfinished epoch
     bad_steps: int = 0  # steps without a finite loss, one after the other, up to now
+    average: Parameters = field(default_factory=dict)  # averaged parameters (nicecp.averaging), if there are any
+    average_epochs: int = 0
 
 
 def note_differences(record: RunRecord, now: RunRecord, step: int) -> None:

@@ -68,7 +68,8 @@ class Recovery:
 
     def restored(self, bad_steps: int) -> None:
         """The trainer goes on from a state that was saved with so many bad steps at its end."""
-        self.bad_steps, self._seen = bad_steps, 0
+        self.bad_steps = bad_steps
+        self._seen = int(self._trainer.backend.copy_out(self._trainer.state)[Slot.CURSOR])
         self._at_bound = set(self._out_of_bounds(clip=False))
 
     def count(self) -> int:
@@ -132,11 +133,12 @@ class Recovery:
         """Columns whose log-scale has reached the bound, and bound it if ``clip``."""
         trainer, backend = self._trainer, self._trainer.backend
         bound = log_scale_bound(trainer.flow.dtype)
-        columns = []
-        for part, log_scale in enumerate(trainer.views.scaling):
+        columns: list[int] = []
+        every = np.arange(trainer.flow.n_features)
+        for own, log_scale in zip(trainer.flow.spec.columns, trainer.views.scaling, strict=True):
             values = backend.copy_out(log_scale)
             beyond = np.flatnonzero(np.abs(values) >= bound)
-            columns += [2 * int(i) + part for i in beyond]
+            columns += every[own][beyond].tolist()
             if clip and len(beyond):
                 backend.copy_in(log_scale, np.clip(values, -bound, bound))
         return sorted(columns)

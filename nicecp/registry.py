@@ -19,7 +19,7 @@ Values = NDArray[Any]  # float32 or float64, the flow's
 Named = Mapping[str, Values]
 Shapes = Mapping[str, tuple[int, ...]]
 
-BUILT_IN_LAWS = ("additive", "multiplicative", "affine")
+BUILT_IN_LAWS = ("additive", "multiplicative", "affine", "spline")
 MLP = "mlp"  # the built-in network: dense ReLU layers, the last one linear
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")

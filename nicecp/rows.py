@@ -41,8 +41,8 @@ def _wanted(spec: Any) -> tuple[str, ...] | None:
     if not isinstance(spec, DataSpec) or _given(spec.columns) is None:
         return None
     wanted = named_columns(spec.columns)
-    others = [given for given in (spec.context, spec.weights) if isinstance(given, str) and not is_dataset(given)]
-    more = [column for given in others for column in named_columns(given)]
+    others = [_given(given) for given in (spec.context, spec.weights) if isinstance(given, str)]
+    more = [column for given in others if given and not is_dataset(given) for column in named_columns(given)]
     return (*wanted, *dict.fromkeys(column for column in more if column not in wanted))
 
 

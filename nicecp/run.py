@@ -13,7 +13,8 @@ from typing import Any
 from nicecp.beside import n_context_of
 from nicecp.checkpoint import load_state, run_path, save_run, save_state, state_path
 from nicecp.data import DEMO, Splits, check_finite, open_splits, split_spec
-from nicecp.data_spec import from_record, plain_data, to_record
+from nicecp.data_spec import files_in, from_record, plain_data, to_record
+from nicecp.decay import change_epochs
 from nicecp.errors import CheckpointError, TrainingError, about_file
 from nicecp.evaluate import READ_ROWS
 from nicecp.extras import fit_context, weights_noted
@@ -28,7 +29,7 @@ from nicecp.outcome import Outcome, Progress, outcome_of, progress_of
 from nicecp.parallel import ALONE, Communicator
 from nicecp.plan import cost_of_run
 from nicecp.preset_table import valid_fraction_of
-from nicecp.presets import CHANGEABLE, Settings, check, contradiction, resolve
+from nicecp.presets import CHANGEABLE, Settings, check, check_names, contradiction, resolve
 from nicecp.rank_devices import open_for
 from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
@@ -99,7 +100,7 @@ class Run:
 
         Parameters
         ----------
-        data : as nicecp.data.open_splits
+        data : as nicecp.data.open_splits: a file, or an array, which whoever resumes the run must give again
         out : file for the best model, or None to write nothing
         preset, optimizer, numbers, **given : see nicecp.presets.resolve
         overwrite : replace existing files at the first checkpoint
@@ -113,12 +114,15 @@ class Run:
             The output exists, another run is writing it, or its folder cannot be written; nothing has been read then.
         DataError, ValueError, DeviceError, MemoryError
             The data, a setting, the device or the machine will not do.
+        TypeError
+            A setting that there is not.
         """
+        check_names(given)
         saving = Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
             first = communicator.from_first
             if out is not None:
-                first(lambda: claim(held, out, files_of(out, keep), overwrite, plain_data(data)))
+                first(lambda: claim(held, out, files_of(out, keep), overwrite, files_in(data)))
             fraction, seed = given.get("valid_fraction"), given.get("seed")
             fraction = valid_fraction_of(preset) if fraction is None else fraction
             splits = open_splits(data, fraction, 0 if seed is None else seed)
@@ -127,10 +131,11 @@ class Run:
             settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
-            settings, read_rows = within(memory_limit, settings, splits)
-            spec = settings.model_spec(source.n_features, n_context_of(source))
-            require_memory(cost_of_run(settings, splits).memory_bytes, f"a model of {spec.n_parameters:,} parameters")
             backend = open_for(communicator, device, threads)
+            settings, read_rows = within(memory_limit, settings, splits, backend.device)
+            spec = settings.model_spec(source.n_features, n_context_of(source))
+            needed = cost_of_run(settings, splits, backend.device).memory_bytes
+            require_memory(needed, f"a model of {spec.n_parameters:,} parameters")
             backend = with_precision(backend, settings.precision, required=True)
             steps, events = first(lambda: prepared(settings, splits, backend))
             info = first(lambda: replace(source.info, fingerprint=source.fingerprint()))
@@ -139,6 +144,8 @@ class Run:
                 spec, None, steps, info, settings.seed, context=context, init=settings.init, backend=backend
             )
             path = None if out is None else os.fspath(out)
+            # Ranks differ in what they have in memory, from which windows follow, and must not differ in these.
+            settings = first(lambda: settings)
             run = cls(settings, data, splits, flow, path, saving, communicator, read_rows)
             run.trainer.record.events += events + first(lambda: weights_noted(splits.train, spec.n_parameters))
             run._held = held.pop_all()
@@ -180,6 +187,7 @@ class Run:
         ValueError
             A setting contradicts the run's.
         """
+        check_names(given)
         out, saving = run_path(path), Saving(checkpoint_every, checkpoint_epochs, keep)
         with contextlib.ExitStack() as held:
             communicator.from_first(lambda: claim(held, out))
@@ -220,7 +228,7 @@ class Run:
             remedy = "leave it out, or start a new run with another --out"
             raise CheckpointError(about_file(out, different, remedy))
         changes = {name: given[name] for name in CHANGEABLE if given.get(name) is not None}
-        settings = replace(settings, **changes)
+        epochs, settings = settings.epochs, replace(settings, **changes)
         check(settings)
         as_before = record.versions.get("ranks", "1") == str(communicator.size)
         usual = record.threads if as_before else communicator.threads()
@@ -238,7 +246,7 @@ class Run:
             changed = allow_changed_data and accept_changed_data(flow, splits, record, int(state.state[Slot.STEP]))
             check_same_data(flow, splits, None if changed else record)
             communicator.from_first(lambda: check_finite(splits))
-            settings, read_rows = within(memory_limit, settings, splits, resumed=True)
+            settings, read_rows = within(memory_limit, settings, splits, backend.device, resumed=True)
             run = cls(settings, data, splits, flow, out, saving, communicator, read_rows)
             note_differences(record, run.trainer.record, int(state.state[Slot.STEP]))
             record.config, record.versions = run.trainer.record.config, run.trainer.record.versions
@@ -246,6 +254,7 @@ class Run:
             if state.optimizer != settings.optimizer.kind:
                 problem = f"holds the state of {state.optimizer}, its settings say {settings.optimizer.kind}"
                 raise CheckpointError(about_file(state_file, problem, "use another copy of the file"))
+            change_epochs(state.state, settings.schedule, epochs, settings.epochs, record.epoch)
             run.trainer.restore(record, state)
             run.trainer.position *= not changed
             run.resumed = True
@@ -257,11 +266,13 @@ class Run:
     def _config(self) -> dict[str, Any]:
         """What /training/config holds: enough to resume, and to repeat the run by hand."""
         data = plain_data(self.data)
-        if not isinstance(data, str) or data == DEMO:
-            named = data if data == DEMO else os.path.abspath(data) if isinstance(data, os.PathLike) else ""
-        else:
+        if isinstance(data, str) and data == DEMO:
+            named = DEMO
+        elif isinstance(data, (str, os.PathLike)):
             path, dataset = split_spec(data)
             named = os.path.abspath(path) + (f":{dataset}" if dataset else "")
+        else:
+            named = ""  # an array
         parts = {"train": self.splits.train, "valid": self.splits.valid, "test": self.splits.test}
         return {
             "data": named,

@@ -64,9 +64,11 @@ def write_samples(
     suffix = os.path.splitext(os.fspath(out))[1].lower()
     if suffix not in FORMATS:
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
+    if columns is not None and suffix != ".png":
+        raise ValueError("columns of a grid (--columns-of-grid) are for pictures: leave them out, or write a .png file")
     if n is not None and n < 1:
         raise ValueError(f"the number of samples must be at least 1, got {n}")
-    communicator.from_first(lambda: check_output(out, overwrite, checkpoint))
+    communicator.from_first(lambda: check_output(out, overwrite, checkpoint, context))
     given = read_context(context) if isinstance(context, str) else context
     backend = open_for(communicator, device, threads)
     flow = load(checkpoint, backend=backend, precision=precision)
@@ -135,7 +137,8 @@ def _hdf5(
     import h5py
 
     info = flow.info
-    with h5py.File("samples", "w", driver="core", backing_store=False) as file:
+    # Earlier formats limit attributes, as the columns' names are, to 64 KiB.
+    with h5py.File("samples", "w", libver=("v108", "v108"), driver="core", backing_store=False) as file:
         attrs: dict[str, Any] = {"seed": np.uint64(seed), "checkpoint": _text(checkpoint)}
         dataset = file.create_dataset("samples", data=samples.astype(flow.dtype), track_times=False)
         if info.columns is not None:

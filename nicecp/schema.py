@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nicecp.context import Context
 from nicecp.errors import CheckpointError, about_file
 from nicecp.kernels import PRECISIONS
+from nicecp.orders import partition_order
 from nicecp.preprocessing import Step, step_from
 from nicecp.records import DataInfo, Parameters
 from nicecp.registry import MLP, is_law, is_network
@@ -212,6 +213,8 @@ def model_tree(
         if coupling.network != MLP:
             tree.attrs[f"/model/couplings/{k}"]["network"] = coupling.network
             tree.arrays[f"/model/couplings/{k}/hidden"] = np.array(coupling.hidden, np.int64)
+        if coupling.order is not None:
+            tree.arrays[f"/model/couplings/{k}/order"] = np.array(coupling.order, np.int64)
     tree.attrs["/preprocessing"] = {}
     for number, step in enumerate(preprocessing):
         group = f"/preprocessing/{number}"
@@ -291,13 +294,19 @@ def _read_spec(reader: Reader) -> ModelSpec:
             hidden = tuple(reader.width(f"{group}/layers/{j}/bias") for j in range(n_layers - 1))
         else:
             hidden = tuple(reader.array(f"{group}/hidden", "int64", (None,)).tolist())
-        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden, network))
-    order = None
-    if partition == "permutation":
-        order = tuple(reader.array("/model/order", "int64", (n_features,)).tolist())
+        order = _read_order(reader, f"{group}/order", n_features) if reader.has(f"{group}/order") else None
+        couplings.append(_built(reader, group, CouplingSpec, law, *parts, hidden, network, order))
+    order = _read_order(reader, "/model/order", n_features) if partition == "permutation" else None
     arguments = (n_features, tuple(couplings), prior, dtype, n_context, precision, partition, order)
     spec: ModelSpec = _built(reader, "/model", ModelSpec, *arguments)
     return spec
+
+
+def _read_order(reader: Reader, path: str, n_features: int) -> tuple[int, ...]:
+    """A permutation of the columns."""
+    order = tuple(reader.array(path, "int64", (n_features,)).tolist())
+    _built(reader, path, partition_order, "permutation", n_features, order)
+    return order
 
 
 def _refuse_unregistered(reader: Reader, group: str, law: str, network: str) -> None:

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.checkpoint import load_run
-from nicecp.data import open_source
-from nicecp.data_spec import plain_data
+from nicecp.data_spec import files_in
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.evaluate import check_fits
 from nicecp.flow import NICE
@@ -26,7 +25,7 @@ from nicecp.parallel import ALONE, Communicator
 from nicecp.preprocessing import Dequantize
 from nicecp.presented import uniform_noise
 from nicecp.rank_devices import open_for
-from nicecp.scoring import as_recorded
+from nicecp.scoring import as_recorded, open_matched
 from nicecp.sources import Source, as_they_are
 from nicecp.split import Split
 from nicecp.transforms import Recorded
@@ -166,12 +165,13 @@ def score_file(
         raise OutputError(about_file(out, "unknown kind of output", f"name it {' or '.join(FORMATS)}"))
     flow, record = load_run(checkpoint, backend=open_for(communicator, device, threads), precision=precision)
     seed = seed if seed is not None else record.seed if record is not None else 0
-    source = open_source(as_recorded(data, record), "test")
+    source = open_matched(flow, as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, draws)
         scored = Scored(source.name, seed, draws)
-        inputs = [os.fspath(name) for name in (checkpoint, plain_data(data)) if isinstance(name, (str, os.PathLike))]
-        step = min(_block_rows(source), block_within(memory_limit, flow, source))
+        inputs = [os.fspath(checkpoint), *files_in(data)]
+        own = min(_block_rows(source), block_within(memory_limit, flow, source))
+        step = communicator.from_first(lambda: own)  # ranks differ in what they have in memory, and must not in blocks
         blocks = row_scores(flow, source, seed, draws, communicator, step)
         if communicator.rank > 0:
             for _ in blocks:

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 
 from nicecp.beside import effective_rows
 from nicecp.checkpoint import load_run
-from nicecp.data import open_source
-from nicecp.data_spec import plain_data
+from nicecp.data_spec import files_in
 from nicecp.errors import DataError, OutputError, about_file
 from nicecp.flow import NICE
 from nicecp.machine import open_backend
 from nicecp.outputs import check_output
 from nicecp.plot import FORMATS, new_figure, write_figure
 from nicecp.score_file import check_scorable, in_data_space
-from nicecp.scoring import as_recorded
+from nicecp.scoring import as_recorded, open_matched
 from nicecp.sources import Source, as_they_are
 
 FloatArray = NDArray[np.float64]
@@ -297,6 +296,9 @@ def figures_of(compared: Compared) -> dict[str, tuple[Callable[[Any, Compared], 
 def check_plots(target: StrPath, overwrite: bool, *inputs: Any) -> None:
     """OutputError or MissingExtra unless figures could be written to a file, or into a folder, of that name."""
     new_figure(1, 1)
+    names = [os.fspath(name) for name in inputs if isinstance(name, (str, os.PathLike))]
+    if not os.path.lexists(target) and os.path.realpath(target) in map(os.path.realpath, names):  # an output to come
+        raise OutputError(about_file(target, "it is the name of another file of this command", "choose another name"))
     if is_file(target):
         check_output(target, overwrite, *inputs)
         return
@@ -354,9 +356,9 @@ def plot_scores(
 
     Raises as ``score_file``, and MissingExtra where matplotlib is not installed.
     """
-    check_plots(target, overwrite, checkpoint, plain_data(data))
+    check_plots(target, overwrite, checkpoint, *files_in(data))
     flow, record = load_run(checkpoint, backend=open_backend(device, threads), precision=precision)
-    source = open_source(as_recorded(data, record), "test")
+    source = open_matched(flow, as_recorded(data, record), "test")
     try:
         check_scorable(flow, source, 1)
         compared = compare(flow, source, seed)

@@ -110,8 +110,8 @@ def as_recorded(data: Any, record: RunRecord | None) -> Any:
 def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> Split:
     """The rows that ``score`` means; the caller closes the split's source. DataError where they do not fit the flow."""
     if part in ("train", "valid"):
-        return _own_rows(flow, record, data, part) or _all_rows(flow, _matched(flow, data, part), part)
-    source = _matched(flow, data, "test")
+        return _own_rows(flow, record, data, part) or _all_rows(flow, open_matched(flow, data, part), part)
+    source = open_matched(flow, data, "test")
     if part == "test":
         _refuse_training_rows(flow, data, source)
     whole = _all_rows(flow, source, "test")
@@ -123,10 +123,11 @@ def choose_rows(flow: NICE, record: RunRecord | None, data: Any, part: str) -> S
     return whole
 
 
-def _matched(flow: NICE, data: Any, part: str) -> Source:
-    """Data with the flow's columns in its order, found by their names where both have names.
+def open_matched(flow: NICE, data: Any, part: str) -> Source:
+    """Data, as nicecp.data.open_source opens them for a part, with the flow's columns in its order, found by their
+    names where both have names.
 
-    A range of rows of the run's own data says nothing about others.
+    A range of rows that a run's record brought along says nothing about the rows to be scored: they are all used.
     """
     if isinstance(data, DataSpec) and "select" in data.recorded:
         data = replace(data, select=None)
@@ -206,7 +207,7 @@ def accept_changed_data(flow: NICE, splits: Splits, record: RunRecord, step: int
     except DataError as error:
         source = splits.train.source
         check_fits(flow, splits.train)
-        check_representable(splits, flow.preprocessing, flow.dtype)
+        check_representable(splits, flow.preprocessing, flow.dtype, record.seed)
         flow.info = replace(source.info, fingerprint=source.fingerprint())
         message = f"resumed on changed data, as asked for: {error}"
         logger.warning("%s", message)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from nicecp.kernels import PRECISIONS
-from nicecp.kernels.backend import PRIORS
+from nicecp.kernels.backend import PRIORS, SPLINE_BINS
+from nicecp.orders import PARTITIONS, RANDOM, Order, orders_after, partition_order, random_order
 from nicecp.registry import MLP, checked_shapes, law_named, network_named
 
 DTYPES = ("float32", "float64")
-LAWS = {"additive": 1, "multiplicative": 1, "affine": 2}  # network outputs for each feature that is changed
-PARTITIONS = ("odd-even", "halves", "permutation")
-
-Order = NDArray[np.int64]
+# Network outputs for each feature that is changed.
+LAWS = {"additive": 1, "multiplicative": 1, "affine": 2, "spline": 3 * SPLINE_BINS - 1}
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -58,48 +57,26 @@ def dtype_name(dtype: DTypeLike) -> str:
         raise TypeError(f"dtype must be 'auto', 'float32' or 'float64', got {dtype!r}") from None
 
 
-def partition_of(partition: Any) -> tuple[str, tuple[int, ...] | None]:
-    """What a user gives for a partition -> its name and, for a sequence of column numbers, that; TypeError else."""
+def partition_of(partition: Any, n_features: int, seed: int) -> tuple[str, tuple[int, ...] | None]:
+    """What a user gives for a partition -> its name and, for a sequence of column numbers or "random", that order.
+
+    Raises TypeError for what is neither a name nor a sequence.
+    """
     if isinstance(partition, str):
-        return partition, None
+        return ("permutation", random_order(n_features, seed)) if partition == RANDOM else (partition, None)
     if not isinstance(partition, Iterable):
-        names = ", ".join(repr(name) for name in PARTITIONS[:-1])
+        names = ", ".join(repr(name) for name in (*PARTITIONS[:-1], RANDOM))
         raise TypeError(f"partition must be {names}, or a sequence of column numbers, got {partition!r}")
     return "permutation", tuple(whole_number(column, "a column number of a partition") for column in partition)
-
-
-def partition_order(partition: str, n_features: int, order: tuple[int, ...] | None = None) -> Order:
-    """(d,) the data columns of part 0, the first ceil(d / 2), and after them those of part 1.
-
-    Raises ValueError for an unknown partition, and for an order that is not a permutation of the columns or given
-    where the partition has one of its own.
-    """
-    if partition not in PARTITIONS:
-        raise ValueError(f"unknown partition {partition!r}: expected one of {', '.join(PARTITIONS)}")
-    columns: Order = np.arange(n_features, dtype=np.int64)
-    if partition != "permutation":
-        if order is not None:
-            raise ValueError(f"the partition {partition!r} has an order of its own: leave the order out")
-        return columns if partition == "halves" else np.concatenate([columns[0::2], columns[1::2]])
-    given = tuple(order or ())
-    if len(given) != n_features:
-        raise ValueError(f"a partition needs each of the {n_features} columns once, got {len(given)} numbers")
-    for column in given:
-        if not 0 <= column < n_features:
-            raise ValueError(f"column {column} in the partition is outside 0..{n_features - 1}")
-    found: Order = np.array(given, np.int64)
-    counts = np.bincount(found, minlength=n_features)
-    if counts.max() > 1:
-        raise ValueError(f"column {int(np.argmax(counts))} is {int(counts.max())} times in the partition")
-    return found
 
 
 @dataclass(frozen=True)
 class CouplingSpec:
     """One coupling: its law, the part its network reads, the part it changes, the network's hidden sizes, its kind.
 
-    Laws beside LAWS, and networks beside "mlp", are those of nicecp.registry. Which features are in part 0 and which in
-    part 1 is ModelSpec.partition's to say.
+    Laws beside LAWS, and networks beside "mlp", are those of nicecp.registry. order : a permutation of 0..d-1, of which
+    the first half is part 0 from this coupling on; None: the parts are those of the coupling before, of the first
+    ModelSpec.partition's.
     """
 
     law: str
@@ -107,6 +84,7 @@ class CouplingSpec:
     transforms: int
     hidden: tuple[int, ...]
     network: str = MLP
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.law not in LAWS:
@@ -125,7 +103,9 @@ class ModelSpec:
 
     partition : "odd-even": part 0 is the features with even 0-based index (section 5.1); "halves": the first half;
     "permutation": the first half of ``order``, any permutation of 0..d-1. Part 0 has ceil(d / 2) features, and the
-    networks see a part's features in this order. n_context : numbers that every network reads behind these.
+    networks see a part's features in this order. Couplings may have parts of their own (CouplingSpec.order); whatever
+    part it is in, each feature stays itself, and its latent is the one of its place. n_context : numbers that every
+    network reads behind a part's features.
     """
 
     n_features: int
@@ -154,6 +134,11 @@ class ModelSpec:
             raise ValueError(f"precision tf32 is for float32 flows, this one is {self.dtype}")
         if self.partition not in PARTITIONS[:-1] or self.order is not None:  # nothing of d numbers for the others
             partition_order(self.partition, self.n_features, self.order)
+        for k, coupling in enumerate(self.couplings):
+            if coupling.order is not None:
+                if k == 0:
+                    raise ValueError("the first coupling has no order of its own: the partition says its parts")
+                partition_order("permutation", self.n_features, coupling.order)
         if self.n_context < 0:
             raise ValueError(f"n_context must be at least 0, got {self.n_context}")
 
@@ -164,10 +149,32 @@ class ModelSpec:
 
     @cached_property
     def column_order(self) -> Order:
-        """(d,) the data columns of part 0 and after them those of part 1, read-only."""
+        """(d,) the data columns of part 0 and after them those of part 1, in front of the first coupling; read-only."""
         order = partition_order(self.partition, self.n_features, self.order)
         order.setflags(write=False)
         return order
+
+    @cached_property
+    def latent_order(self) -> Order:
+        """(d,) the same behind the last coupling: which columns the two halves of a latent belong to."""
+        last = next((coupling.order for coupling in reversed(self.couplings) if coupling.order is not None), None)
+        return self.column_order if last is None else _fixed(last)
+
+    @cached_property
+    def permutations(self) -> tuple[Order | None, ...]:
+        """For each coupling how the halves are permuted in front of it, as Backend.permute's index, or None."""
+        if all(coupling.order is None for coupling in self.couplings):  # nothing of d numbers
+            return (None,) * len(self.couplings)
+        found: list[Order | None] = []
+        before = self.column_order
+        for coupling in self.couplings:
+            if coupling.order is None:
+                found.append(None)
+                continue
+            order = _fixed(coupling.order)
+            found.append(_fixed(np.argsort(before)[order]))
+            before = order
+        return tuple(found)
 
     @property
     def columns(self) -> tuple[slice | Order, slice | Order]:
@@ -176,6 +183,12 @@ class ModelSpec:
         if self.partition == "odd-even":
             return slice(0, None, 2), slice(1, None, 2)
         return (slice(0, d0), slice(d0, None)) if self.partition == "halves" else (order[:d0], order[d0:])
+
+    @property
+    def latent_columns(self) -> tuple[slice | Order, slice | Order]:
+        """The same for latents, and for what belongs to them."""
+        d0, order = self.part_sizes[0], self.latent_order
+        return self.columns if order is self.column_order else (order[:d0], order[d0:])
 
     def layer_sizes(self, coupling: int) -> tuple[int, ...]:
         """Sizes of a coupling network's layers: (fan_in, *hidden, fan_out), of a registered one (fan_in, fan_out)."""
@@ -242,6 +255,13 @@ class ModelSpec:
         return total
 
 
+def _fixed(order: Iterable[int]) -> Order:
+    """As a read-only array."""
+    array = np.array(order, np.int64)
+    array.setflags(write=False)
+    return array
+
+
 def alternating(
     hidden: tuple[int, ...] | tuple[tuple[int, ...], ...],
     n_couplings: int,
@@ -280,11 +300,24 @@ def spec_of(
     network: str = MLP,
     n_context: Any = 0,
     precision: str = "full",
+    repartition: Any = 0,
+    seed: int = 0,
 ) -> ModelSpec:
     """The architecture that NICE's arguments of these names describe; TypeError or ValueError where one will not do."""
     sizes = hidden_sizes(hidden)
     count = len(by_coupling(sizes)) or 4 if n_couplings is None else whole_number(n_couplings, "n_couplings")
     couplings = alternating(sizes, count, coupling if isinstance(coupling, str) else tuple(coupling), network)
-    name, (parted, order) = dtype_name(dtype), partition_of(partition)
-    d, k = whole_number(n_features, "n_features"), whole_number(n_context, "n_context")
-    return ModelSpec(d, couplings, prior, name, k, precision, parted, order)
+    d, k, name = whole_number(n_features, "n_features"), whole_number(n_context, "n_context"), dtype_name(dtype)
+    spec = ModelSpec(d, couplings, prior, name, k, precision, *partition_of(partition, d, seed))
+    return repartitioned(spec, whole_number(repartition, "repartition"), seed)
+
+
+def repartitioned(spec: ModelSpec, every: int, seed: int) -> ModelSpec:
+    """The architecture with parts that the seed draws anew after every so many couplings; 0: as it is."""
+    if every < 0:
+        raise ValueError(f"repartition must be at least 0, got {every}")
+    if every == 0:
+        return spec
+    orders = orders_after(spec.column_order, seed)
+    drawn = [replace(c, order=next(orders)) if k and k % every == 0 else c for k, c in enumerate(spec.couplings)]
+    return replace(spec, couplings=tuple(drawn))

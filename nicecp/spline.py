@@ -1,4 +1,5 @@
-"""Monotone rational-quadratic splines in one variable, with logarithmic tails: arithmetic of the quantile transform.
+"""Monotone rational-quadratic splines in one variable: arithmetic of the quantile transform, with logarithmic tails;
+and for checks that of spline couplings, in plain NumPy.
 
 Between knots (x_k, z_k), both increasing, with slopes d_k > 0 the spline is that of Gregory and Delbourgo, "Piecewise
 rational quadratic interpolation to monotonic data", IMA Journal of Numerical Analysis 2, 1982, equation 2.4: once
@@ -13,9 +14,12 @@ costs a density some dozens of nats, not millions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nicecp.kernels.backend import SPLINE_BINS, SPLINE_BOUND, SPLINE_LEAST, SPLINE_OFFSET, SPLINE_STEEP
 
 FloatArray = NDArray[np.float64]
 
@@ -85,32 +89,69 @@ def inverse(z: FloatArray, knots: Knots) -> FloatArray:
     return np.asarray(x)
 
 
+# --- couplings --------------------------------------------------------------------------------------------------------
+
+
+def coupling_spline(x: NDArray[Any], m: NDArray[Any]) -> tuple[FloatArray, FloatArray]:
+    """x : (n, k), m : (n, (3 K - 1) k) -> y : (n, k) of Backend.spline_forward, x less the knots : (n, k, K + 1)."""
+    n, k = x.shape
+    numbers = np.asarray(m, np.float64).reshape(n, -1, k).transpose(0, 2, 1)
+    xs, ys = (_coupling_knots(numbers[..., part : part + SPLINE_BINS]) for part in (0, SPLINE_BINS))
+    raw = np.minimum(numbers[..., 2 * SPLINE_BINS :], SPLINE_STEEP) + SPLINE_OFFSET
+    slopes = np.pad(SPLINE_LEAST + np.logaddexp(0.0, raw), ((0, 0), (0, 0), (1, 1)), constant_values=1.0)
+    away = np.asarray(x, np.float64)[..., None] - xs
+    b = np.clip((away >= 0).sum(axis=2) - 1, 0, SPLINE_BINS - 1)[..., None]
+    (x0, x1), (y0, y1), (left, right) = (
+        (np.take_along_axis(ends, b, 2)[..., 0], np.take_along_axis(ends, b + 1, 2)[..., 0])
+        for ends in (xs, ys, slopes)
+    )
+    u, s = np.clip((x - x0) / (x1 - x0), 0.0, 1.0), (y1 - y0) / (x1 - x0)
+    v = u * (1.0 - u)
+    y = y0 + (y1 - y0) * (s * u**2 + left * v) / (s + (left + right - 2.0 * s) * v)
+    return np.where(np.abs(x) < SPLINE_BOUND, y, x), away
+
+
+def _coupling_knots(numbers: FloatArray) -> FloatArray:
+    """(..., K) -> (..., K + 1)."""
+    share = np.exp(numbers - numbers.max(axis=-1, keepdims=True))
+    share = SPLINE_LEAST + (1.0 - SPLINE_BINS * SPLINE_LEAST) * share / share.sum(axis=-1, keepdims=True)
+    inner = 2.0 * SPLINE_BOUND * np.cumsum(share, axis=-1)[..., :-1] - SPLINE_BOUND
+    end = np.full((*numbers.shape[:-1], 1), SPLINE_BOUND)
+    return np.concatenate([-end, inner, end], axis=-1)
+
+
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 TAIL_ROWS = 20  # rows beyond the outermost knots on either side, or a twentieth of few rows
 TAILS = np.geomspace(0.25, 1.0, 9)  # c: never as straight as a line, nor so flat that samples run away
 _STEEPNESS = np.geomspace(1 / 30, 30.0, 25)  # of a tail's first slope, relative to the last two knots'
+_LEAST = 4  # effective rows, so that single heavy ones give a spline too
 
 
-def fit_knots(values: FloatArray, count: int) -> Knots:
+def fit_knots(values: FloatArray, count: int, weights: FloatArray | None = None) -> Knots:
     """The spline from values : (n,) to their normal scores: at most ``count`` knots at quantiles that are evenly spaced
     in normal score, and on each side the tail of greatest likelihood.
 
-    ValueError if fewer than two values differ.
+    weights : (n,) positive, of any scale; quantiles are then those of the weight, and rows count as Kish's effective
+    number of them. ValueError if fewer than two values differ.
     """
     from scipy.special import ndtri
 
-    x = np.sort(np.asarray(values, np.float64))
-    n = len(x)
-    different, first, times = np.unique(x, return_index=True, return_counts=True)
+    order = np.argsort(values, kind="stable")
+    x = np.asarray(values, np.float64)[order]
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)[order] / np.max(weights)
+    different, first = np.unique(x, return_index=True)
     if len(different) < 2:
         raise ValueError("a quantile transform needs at least two different values")
+    mass, total = np.add.reduceat(w, first), w.sum()
+    n = max(_LEAST, int(total * total / (w @ w)))
     # A repeated value stands at the middle of its ranks.
-    score = ndtri((first + 0.5 * times) / n)
+    score = ndtri((np.cumsum(mass) - 0.5 * mass) / total)
     beyond = min(TAIL_ROWS, max(1, n // 20))
     last = -float(ndtri((beyond + 0.5) / n))
     wanted = np.linspace(-last, last, max(2, min(count, n // 4)))
     at = np.unique(np.clip(np.searchsorted(score, wanted), 0, len(score) - 1))
+    at = at[np.append(True, np.diff(score[at]) > 0)]  # beside a heavy row light ones add nothing that could be seen
     if len(at) < 2:
         at = np.array([0, len(score) - 1])
     knot_x, knot_z = different[at], score[at]
@@ -119,17 +160,19 @@ def fit_knots(values: FloatArray, count: int) -> Knots:
     slope[0], slope[-1] = secant[0], secant[-1]
     slope[1:-1] = (knot_z[2:] - knot_z[:-2]) / (knot_x[2:] - knot_x[:-2])
     tail = np.empty(2)
-    for end, outside in ((0, knot_x[0] - x[x < knot_x[0]]), (-1, x[x > knot_x[-1]] - knot_x[-1])):
-        slope[end], tail[end] = _fit_tail(outside, abs(float(knot_z[end])), float(slope[end]))
+    for end, sign, outside in ((0, -1.0, x < knot_x[0]), (-1, 1.0, x > knot_x[-1])):
+        far = sign * (x[outside] - knot_x[end])
+        slope[end], tail[end] = _fit_tail(far, w[outside], abs(float(knot_z[end])), float(slope[end]))
     return Knots(knot_x, knot_z, slope, tail)
 
 
-def _fit_tail(outside: FloatArray, z: float, slope: float) -> tuple[float, float]:
+def _fit_tail(outside: FloatArray, weights: FloatArray, z: float, slope: float) -> tuple[float, float]:
     """First slope and c of greatest likelihood under a normal z, for rows at distances ``outside`` of a knot at z."""
-    if len(outside) == 0:
-        return slope, 1.0
-    d, c, t = slope * _STEEPNESS[:, None, None], TAILS[:, None], outside
-    rise = np.log1p(d * t / c)
-    likelihood = (np.log(d) - rise - 0.5 * (z + c * rise) ** 2).sum(axis=2)
-    i, j = np.unravel_index(int(np.argmax(likelihood)), likelihood.shape)
-    return float(slope * _STEEPNESS[i]), float(TAILS[j])
+    best, found = -np.inf, (slope, 1.0)
+    for d in slope * _STEEPNESS if len(outside) else ():
+        rise = np.log1p(d * outside / TAILS[:, None])
+        likelihood = (np.log(d) - rise - 0.5 * (z + TAILS[:, None] * rise) ** 2) @ weights
+        j = int(np.argmax(likelihood))
+        if likelihood[j] > best:
+            best, found = float(likelihood[j]), (float(d), float(TAILS[j]))
+    return found

@@ -1,8 +1,7 @@
 """Tables as HDF5 files hold them beside a 2-D dataset: compound tables, and groups of 1-D columns.
 
 The checks are those of nicecp.hdf5_data, of every column that is used: integers or floats of at most 8 bytes, hard
-links, internal, written whole, behind filters that are read. Fields and members that are not used may be anything,
-except that a compound table must not hold fields of varying length.
+links, internal, written whole, behind filters that are read. Fields and members that are not used may be anything.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from nicecp.errors import DataError, about_file
 from nicecp.hdf5_chunks import Chunks, Unusable
 from nicecp.hdf5_data import HDF5Source, element_kind, member, stored_whole, type_kind
 from nicecp.hdf5_open import HDF5_ERRORS, damage_reported, one_line, open_hdf5, plugins_off
+from nicecp.record_bytes import RecordBytes, lies_elsewhere, stored_size
 from nicecp.records import DataInfo
 from nicecp.sources import check_finite, check_range, check_size, fingerprint
 
-MAX_COLUMNS = 4096  # fields of a compound table, or columns of a group
+MAX_COLUMNS = 4096  # of a group
+MAX_FIELDS = 2048  # of a compound table: HDF5 compares each name with all others whenever it opens or reads one
 MAX_ROW_BYTES = 2**20  # of a compound table
 _BLOCK = 2**22  # numbers of a compound table that are read at a time
 
@@ -37,21 +38,15 @@ def compound_fields(dataset: h5py.Dataset) -> dict[str, np.dtype[Any] | None] | 
     if kind.get_class() != h5py.h5t.COMPOUND or dataset.shape is None or len(dataset.shape) != 1:
         return None
     count = kind.get_nmembers()
-    if count > MAX_COLUMNS or kind.get_size() > MAX_ROW_BYTES:
+    if count > MAX_FIELDS or kind.get_size() > MAX_ROW_BYTES:
         problem = f"its rows have {count} fields in {kind.get_size()} bytes"
-        raise Unusable(problem, f"store at most {MAX_COLUMNS} fields in {MAX_ROW_BYTES >> 20} MiB a row")
+        raise Unusable(problem, f"store at most {MAX_FIELDS} fields in {MAX_ROW_BYTES >> 20} MiB a row")
     fields: dict[str, np.dtype[Any] | None] = {}
     for number in range(count):
-        kept_apart = kind.get_member_type(number)
-        if kept_apart.get_class() == h5py.h5t.VLEN or (
-            kept_apart.get_class() == h5py.h5t.STRING and kept_apart.is_variable_str()
-        ):
-            # stored elsewhere in the file, by references that one flipped bit can send anywhere
-            raise Unusable(
-                "its rows hold text or lists of varying length", "store text of fixed length, or leave it out"
-            )
         name = kind.get_member_name(number)
         text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
+        if text in fields:
+            raise Unusable(f"two of its fields are called {text!r}", "write the table with different names")
         raw = type_kind(kind.get_member_type(number))[0]
         fields[text] = None if raw is None else np.dtype(np.float32 if raw == np.float32 else np.float64)
     return fields
@@ -107,12 +102,14 @@ def open_table(path: str | os.PathLike[str], name: str, columns: Sequence[str] |
             found = at(file, name)
             group = isinstance(found, h5py.Group)
             fields = compound_fields(found) if isinstance(found, h5py.Dataset) else None
+            known = _one_dimensional(found) if isinstance(found, h5py.Group) else {}
             members = column_names(found) if isinstance(found, h5py.Group) and columns is None else []
         except Unusable as error:
             raise DataError(about_file(shown, *error.args)) from None
     if group:
         wanted = members if columns is None else columns
-        probe.remember(os.fspath(path), [f"{name.rstrip('/')}/{column}" for column in wanted])  # the child saw them
+        seen = [column for column in wanted if column in known]  # by the child; not what lies in groups below
+        probe.remember(os.fspath(path), [f"{name.rstrip('/')}/{column}" for column in seen])
         return ColumnsSource(path, name, wanted)
     return HDF5Source(path, name) if fields is None else CompoundSource(path, name, columns)
 
@@ -163,11 +160,13 @@ def _wanted(known: Sequence[str], columns: Sequence[str] | None, shown: str) -> 
     """The names that are asked for, or all; DataError for one that is not there, or twice."""
     if columns is None:
         return tuple(known)
-    for i, column in enumerate(columns):
-        if column not in known:
+    names, used = set(known), set[str]()
+    for column in columns:
+        if column not in names:
             raise DataError(about_file(shown, f"no column {column!r}", f"it has {', '.join(known[:20])}"))
-        if column in columns[:i]:
+        if column in used:
             raise DataError(about_file(shown, f"column {column!r} is named twice", "name it once"))
+        used.add(column)
     return tuple(columns)
 
 
@@ -177,12 +176,19 @@ class CompoundSource(_Table):
     float32 if all fields are, else float64. Fields that are not used may be of any type. DataError as HDF5Source.
     """
 
-    def __init__(self, path: str | os.PathLike[str], name: str, columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        name: str,
+        columns: Sequence[str] | None = None,
+        numbers_only: bool = False,
+    ) -> None:
+        """numbers_only : all fields that hold numbers, instead of ``columns``."""
         self.name = f"{os.fspath(path)}:/{name.strip('/')}"
         self._file = open_hdf5(os.fspath(path), name)
         try:
             with damage_reported(self.name):
-                self._open(name, columns)
+                self._open(name, columns, numbers_only)
         except Unusable as error:
             self.close()
             raise DataError(about_file(self.name, *error.args)) from None
@@ -190,11 +196,13 @@ class CompoundSource(_Table):
             self.close()
             raise
 
-    def _open(self, name: str, columns: Sequence[str] | None) -> None:
+    def _open(self, name: str, columns: Sequence[str] | None, numbers_only: bool) -> None:
         found = at(self._file, name)
         fields = compound_fields(found) if isinstance(found, h5py.Dataset) else None
         if fields is None:
             raise Unusable("it is no compound table", "check the name with nicecp info")
+        if numbers_only:
+            columns = [field for field, kind in fields.items() if kind is not None]
         names = _wanted(list(fields), columns, self.name)
         numbers = [field for field in names if fields[field] is not None]
         if len(numbers) < len(names):
@@ -205,24 +213,36 @@ class CompoundSource(_Table):
         self.dtype = np.dtype(np.float32 if single else np.float64)
         self._dataset, self.n_rows = found, int(found.shape[0])
         check_size(self.name, self.n_rows, len(names))
-        stored_whole(found)
-        # Read with HDF5's conversion by names: the direct way of Chunks is for plain numbers.
-        self._chunks = None if found.chunks is None else Chunks(found.id, found.shape, found.chunks, self.dtype)
+        elsewhere = lies_elsewhere(found.id.get_type())
+        stored_whole(found, stored_size(found.id.get_type()) if elsewhere else 0)
+        self._chunks: Chunks | None = None
+        self._bytes: RecordBytes | None = None
+        if elsewhere:
+            encoded = [field.encode("utf-8", "surrogateescape") for field in names]
+            self._bytes = RecordBytes(found.id, self.n_rows, found.chunks, encoded)
+        elif found.chunks is not None:
+            # Read with HDF5's conversion by names: the direct way of Chunks is for plain numbers.
+            self._chunks = Chunks(found.id, found.shape, found.chunks, self.dtype)
+        self._memory = None if elsewhere else _memory_type(names, self.dtype)
         self.info = DataInfo(None, names)
 
     def _fill(self, out: NDArray[Any], start: int) -> None:
         step = max(1, _BLOCK // self.n_features)
-        memory = _memory_type(self.info.columns or (), self.dtype)
+        if self._bytes is not None:
+            step = max(1, _BLOCK // self._bytes.row_bytes)
         try:
             with plugins_off():
                 for first in range(0, len(out), step):
                     last = min(first + step, len(out))
                     if self._chunks is not None:
                         self._chunks.verify(start + first, start + last)
+                    if self._bytes is not None:
+                        self._bytes.read(out[first:last], self._file, start + first)
+                        continue
                     block = out[first:last]  # rows of one dtype lie in memory as records of it do
                     space, place = h5py.h5s.create_simple((last - first,)), self._dataset.id.get_space()
                     place.select_hyperslab((start + first,), (last - first,))
-                    self._dataset.id.read(space, place, block, memory)
+                    self._dataset.id.read(space, place, block, self._memory)
         except Unusable as error:
             raise DataError(about_file(self.name, *error.args)) from None
         except HDF5_ERRORS as error:

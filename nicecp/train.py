@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from nicecp.averaging import Average, average_kind, better
 from nicecp.decay import WeightDecay, rate_factor
 from nicecp.errors import TrainingError
 from nicecp.evaluate import Evaluator, check_fits, log_det
@@ -115,6 +116,8 @@ class Trainer:
         if config.weight_decay:
             decay = config.optimizer.rate * config.weight_decay
             self._decay = WeightDecay(backend, network.layout, flow.spec.dtype, self.p, decay)
+        averaged = average_kind(config.weight_average)
+        self._average = None if averaged is None else Average(backend, network.layout, flow.spec.dtype, averaged)
         self.workspace = network.workspace(len(own), keep=True, activations=config.activations)
         self._loader = Loader(flow, len(own))
         self._extras = Extras(flow, train.source)
@@ -305,19 +308,32 @@ class Trainer:
             valid = self._evaluator.run(self.views, self.config.seed, epoch).mean
         self.position = 0
         self.record.epoch = epoch
-        best = self.record.best_valid_log_likelihood
-        if self._evaluator is None or (math.isfinite(valid) and not valid <= best):  # at first best is NaN
-            self.backend.assign(self.best, self.p)
-            self.record.best_epoch, self.record.best_valid_log_likelihood = epoch, valid
-            self.stale_epochs = 0
-        else:
-            self.stale_epochs += 1
+        averaged = self._keep_best(epoch, valid)
         self._epoch_seconds += time.perf_counter() - started
-        row = EpochRecord(epoch, train, valid, float(state[Slot.RATE]), self._epoch_seconds)
+        row = EpochRecord(epoch, train, valid, float(state[Slot.RATE]), self._epoch_seconds, averaged)
         self.record.history.append(row)
         logger.info("epoch %d: train %.3f, validation %.3f nats", epoch, train, valid)
         for callback in self.callbacks:
             callback.on_epoch(self, row)
+
+    def _keep_best(self, epoch: int, valid: float) -> float:
+        """Compare an epoch's parameters, and what they are averaged to, with the best -> the average's validation."""
+        record, average = self.record, self._average
+        score, found, count, averaged = valid, self.p, 0, math.nan
+        if average is not None:
+            average.after_epoch(self.p, epoch, self.config.epochs)
+        if average is not None and average.ready:
+            if self._evaluator is not None:
+                averaged = self._evaluator.run(average.views, self.config.seed, epoch).mean
+            if self._evaluator is None or better(averaged, valid):
+                score, found, count = averaged, average.flat, average.count
+        if self._evaluator is None or better(score, record.best_valid_log_likelihood):  # at first that is NaN
+            self.backend.assign(self.best, found)
+            record.best_epoch, record.best_valid_log_likelihood, record.best_average = epoch, score, count
+            self.stale_epochs = 0
+        else:
+            self.stale_epochs += 1
+        return averaged
 
     def _note_skipped(self, epoch: int, state: np.ndarray) -> None:
         skipped = int(state[Slot.SKIPPED]) - self._skipped
@@ -336,6 +352,7 @@ class Trainer:
         state = backend.copy_out(self.state)
         state[Slot.CURSOR] = self.position
         optimizer = self.config.optimizer
+        average, count = ({}, 0) if self._average is None else self._average.state()
         return ResumeState(
             parameters=layout.to_host(backend, self.p),
             first_moment=layout.to_host(backend, self.m),
@@ -347,6 +364,8 @@ class Trainer:
             stale_epochs=self.stale_epochs,
             epoch_seconds=self._epoch_seconds,
             bad_steps=self._recovery.count(),
+            average=average,
+            average_epochs=count,
         )
 
     def restore(self, record: RunRecord, resume: ResumeState) -> None:
@@ -366,3 +385,5 @@ class Trainer:
         self._skipped = int(resume.state[Slot.SKIPPED])
         self._batches_left = 0
         self._recovery.restored(resume.bad_steps)
+        if self._average is not None:
+            self._average.restore(resume.average, resume.average_epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nicecp.averaging import NONE, average_kind
 from nicecp.decay import check_decay
 from nicecp.evaluate import READ_ROWS
 from nicecp.network import ACTIVATIONS
@@ -18,8 +19,9 @@ class TrainConfig:
 
     device_memory_limit: bytes of a GPU's memory that training data may take; more of them stream (nicecp.feed).
     activations: what is kept for the backward pass, see nicecp.network.ACTIVATIONS. schedule, weight_decay: of the
-    learning rate and of the networks' weights, see nicecp.decay. window, read_rows: rows shuffled together, and
-    validation rows read at a time; what has more is not kept in memory.
+    learning rate and of the networks' weights, see nicecp.decay. weight_average: of parameters over epochs, see
+    nicecp.averaging. window, read_rows: rows shuffled together, and validation rows read at a time; what has more is
+    not kept in memory.
     """
 
     epochs: int = 100
@@ -32,10 +34,12 @@ class TrainConfig:
     device_memory_limit: int | None = None
     schedule: str = "constant"
     weight_decay: float = 0.0
+    weight_average: str = NONE
     read_rows: int = READ_ROWS
 
     def __post_init__(self) -> None:
         check_decay(self.schedule, self.weight_decay)
+        average_kind(self.weight_average)
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         for name in ("epochs", "batch_size", "window", "read_rows", "seed"):

@@ -12,7 +12,7 @@ from nicecp import spline
 from nicecp.errors import DataError, about_file
 from nicecp.sources import column_label
 from nicecp.split import BLOCK, Split
-from nicecp.transform_spec import STANDARDIZE, Chain, Transform, chains, shown
+from nicecp.transform_spec import Chain, Transform, chains, shown
 from nicecp.transform_stats import Column, choose, look_at
 from nicecp.transforms import Angle, ColumnStep, Log, Logit, Quantile, Recorded, Student
 
@@ -33,23 +33,26 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def sample_of(split: Split) -> FloatArray:
-    """(n, d) float64: all rows of a split, or about MAX_ROWS in blocks from all over it."""
+def sample_of(split: Split) -> tuple[FloatArray, FloatArray | None]:
+    """(n, d) float64: all rows of a split, or about MAX_ROWS in blocks from all over it; and their weights (n,)."""
     wanted = max(1, MAX_ROWS // BLOCK)
     blocks = np.unique(np.linspace(0, split.n_blocks - 1, min(wanted, split.n_blocks)).astype(np.int64))
-    return np.asarray(split.load_blocks(blocks)[0], np.float64)
+    data, rows = split.load_blocks(blocks)
+    weight = split.source.weight
+    return np.asarray(data, np.float64), None if weight is None else weight[rows]
 
 
 def fit_transforms(split: Split, text: str) -> Fitted:
-    """The steps that ``text`` asks for (nicecp.transform_spec), fitted to the rows of a split of floats.
+    """The steps that ``text`` asks for (nicecp.transform_spec), fitted to the rows of a split of floats, by their
+    weights where they have any.
 
     Raises ValueError for text that cannot be understood, DataError where training rows lie outside a support.
     """
     info = split.source.info
     wanted = chains(text, split.source.n_features, info.columns)
-    x = sample_of(split)
+    x, weights = sample_of(split)
     labels = [column_label(i, info.columns) for i in range(x.shape[1])]
-    looks = [look_at(x[:, i], split.source.dtype) for i in range(x.shape[1])]
+    looks = [look_at(x[:, i], split.source.dtype, weights) for i in range(x.shape[1])]
     result = Fitted()
     for i, look in enumerate(looks):
         if wanted[i] == (Transform("auto"),):
@@ -61,7 +64,7 @@ def fit_transforms(split: Split, text: str) -> Fitted:
         result.lines.append(f"{labels[i]}: {shown(wanted[i])}, {why}; {look.summary()}")
     result.notes += _notes(looks, labels, wanted)
     try:
-        result.steps = _fit_stages(x, wanted, looks, labels)
+        result.steps = _fit_stages(x, weights, wanted, looks, labels)
     except _Outside as error:
         raise DataError(about_file(split.source.name, *error.args)) from None
     return result
@@ -72,7 +75,11 @@ class _Outside(Exception):
 
 
 def _fit_stages(
-    x: FloatArray, wanted: Sequence[Chain], looks: Sequence[Column], labels: Sequence[str]
+    x: FloatArray,
+    weights: FloatArray | None,
+    wanted: Sequence[Chain],
+    looks: Sequence[Column],
+    labels: Sequence[str],
 ) -> tuple[ColumnStep, ...]:
     """Stage s holds the s-th transform of every column: one step for each kind of it."""
     steps: list[ColumnStep] = []
@@ -84,7 +91,7 @@ def _fit_stages(
                 by_kind.setdefault(chain[stage].kind, []).append(i)
         for kind, columns in by_kind.items():
             given = [wanted[i][stage] for i in columns]
-            step = _fit_step(kind, columns, given, x, looks, labels)
+            step = _fit_step(kind, columns, given, x, weights, looks, labels)
             if step is not None:
                 x = step.forward(x)
                 steps.append(step)
@@ -96,6 +103,7 @@ def _fit_step(
     columns: list[int],
     given: list[Transform],
     x: FloatArray,
+    weights: FloatArray | None,
     looks: Sequence[Column],
     labels: Sequence[str],
 ) -> ColumnStep | None:
@@ -115,12 +123,12 @@ def _fit_step(
         return Logit(which, low, high)
     if kind == "angle":
         period = np.array([t.numbers[0] if t.numbers else 2.0 * np.pi for t in given])
-        cuts = [emptiest(v, p) for v, p in zip(values, period, strict=True)]
+        cuts = [emptiest(v, p, weights) for v, p in zip(values, period, strict=True)]
         return Angle(which, np.array(cuts), period)
     if kind == "student":
-        return Student(which, *np.array([fit_student(v) for v in values]).T)
+        return Student(which, *np.array([fit_student(v, weights) for v in values]).T)
     knots = [
-        spline.fit_knots(v, int(t.numbers[0])) if t.numbers else quantile_knots(v)
+        spline.fit_knots(v, int(t.numbers[0]), weights) if t.numbers else quantile_knots(v, weights)
         for v, t in zip(values, given, strict=True)
     ]
     return Quantile.of(which, knots)
@@ -150,39 +158,43 @@ def _check_inside(
 # --- fits of single columns -------------------------------------------------------------------------------------------
 
 
-def quantile_knots(values: FloatArray) -> spline.Knots:
+def quantile_knots(values: FloatArray, weights: FloatArray | None = None) -> spline.Knots:
     """A quantile spline with the number of KNOTS whose density is best on rows held out of the fit."""
     held = np.arange(len(values)) % _HELD == _HELD - 1
+    rest, own = (None, None) if weights is None else (weights[~held], weights[held])
     best, score = KNOTS[0], -np.inf
     if np.ptp(values[~held]) > 0 and held.any():
         for count in KNOTS:
             if count > KNOTS[0] and count > len(values) // 10:
                 break
-            z, log_slope, _ = spline.forward(values[held], spline.fit_knots(values[~held], count))
-            mean = float((log_slope - 0.5 * z * z).mean())
+            z, log_slope, _ = spline.forward(values[held], spline.fit_knots(values[~held], count, rest))
+            mean = float(np.average(log_slope - 0.5 * z * z, weights=own))
             if mean > score:
                 best, score = count, mean
-    return spline.fit_knots(values, best)
+    return spline.fit_knots(values, best, weights)
 
 
-def emptiest(values: FloatArray, period: float) -> float:
+def emptiest(values: FloatArray, period: float, weights: FloatArray | None = None) -> float:
     """Where a period should begin: in the middle of the widest gap between angles, or, where they lie all around, of
-    the widest one in the emptiest part of the period."""
-    angle = np.sort(np.mod(values, period))
+    the widest one in the part of the period that has the fewest rows, or the least of their weight."""
+    angle = np.mod(values, period)
+    order = np.argsort(angle)
+    angle = angle[order]
     bins = max(8, min(64, len(angle) // 20))
     gaps = np.diff(np.append(angle, angle[0] + period))
     if gaps.max() > period / bins:
         place = int(np.argmax(gaps))
         return float(np.mod(angle[place] + 0.5 * gaps[place], period))
-    counts = np.bincount(np.minimum((angle / period * bins).astype(np.int64), bins - 1), minlength=bins)
-    emptiest_bin = int(np.argmin(counts))
+    own = None if weights is None else weights[order]
+    places = np.minimum((angle / period * bins).astype(np.int64), bins - 1)
+    emptiest_bin = int(np.argmin(np.bincount(places, own, minlength=bins)))
     start, stop = emptiest_bin * period / bins, (emptiest_bin + 1) * period / bins
     inside = np.concatenate([[start], angle[(angle > start) & (angle < stop)], [stop]])
     widest = int(np.argmax(np.diff(inside)))
     return float(0.5 * (inside[widest] + inside[widest + 1]))
 
 
-def fit_student(values: FloatArray) -> tuple[float, float, float]:
+def fit_student(values: FloatArray, weights: FloatArray | None = None) -> tuple[float, float, float]:
     """Degrees of freedom, location and scale of greatest likelihood under Student's t."""
     from scipy.optimize import minimize
     from scipy.special import gammaln
@@ -194,7 +206,8 @@ def fit_student(values: FloatArray) -> tuple[float, float, float]:
     def loss(p: FloatArray) -> float:
         nu, scale = np.exp(p[0]), np.exp(p[2])
         norm = gammaln(0.5 * (nu + 1)) - gammaln(0.5 * nu) - 0.5 * np.log(np.pi * nu) - p[2]
-        return float(-(norm - 0.5 * (nu + 1) * np.log1p(((t - p[1]) / scale) ** 2 / nu).mean()))
+        tails = np.average(np.log1p(((t - p[1]) / scale) ** 2 / nu), weights=weights)
+        return float(0.5 * (nu + 1) * tails - norm)
 
     bounds = [tuple(np.log(_FREEDOM)), (-10.0, 10.0), (-10.0, 10.0)]
     found = minimize(loss, np.array([1.0, 0.0, 0.3]), method="L-BFGS-B", bounds=bounds).x
@@ -224,8 +237,3 @@ def _notes(looks: Sequence[Column], labels: Sequence[str], wanted: Sequence[Chai
     if skipped:
         notes.append(f"no recorded step is to be seen in {', '.join(skipped)}: they are used as they are")
     return notes
-
-
-def is_standardize(wanted: Sequence[Chain]) -> bool:
-    """Whether no column is transformed but by standardisation."""
-    return all(chain == STANDARDIZE for chain in wanted)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = ("auto", "standardize", "log", "logit", "student", "quantile", "angle", "recorded")
 FORMS = "auto, standardize, log(LOW), logit(LOW:HIGH), student, quantile(KNOTS), angle(PERIOD), recorded(STEP)"
@@ -33,6 +34,23 @@ def shown(chain: Chain) -> str:
     return "+".join(str(transform) for transform in chain)
 
 
+def as_text(transform: str | Mapping[Any, str]) -> str:
+    """What is written for {"mass": "log", "*": "quantile"}, of names or numbers of columns; text as it is.
+
+    Raises ValueError for a column or a kind that cannot be written so, TypeError for anything else.
+    """
+    if isinstance(transform, str):
+        return transform
+    if not isinstance(transform, Mapping) or not all(isinstance(kind, str) for kind in transform.values()):
+        raise TypeError(f"transform must be text or {{column: text}}, got {transform!r}")
+    for column, kind in transform.items():
+        if "," in str(column) or "," in kind:
+            raise ValueError(f"transform {column!r}: no commas in names or kinds; say the column's number, from 0")
+    if not transform:
+        raise ValueError("transform names no column: 'none' is for none")
+    return ",".join(f"{column}={kind}" for column, kind in transform.items())
+
+
 def parse(text: str) -> list[tuple[str, Chain]]:
     """What is written, as (column or '*', its transforms in order); ValueError that says what is wrong.
 
@@ -46,7 +64,12 @@ def parse(text: str) -> list[tuple[str, Chain]]:
             raise ValueError(f"transform {entry.strip()!r} is not of the form COLUMN=KIND, with a KIND of {FORMS}")
         if any(name == other for other, _ in found):
             raise ValueError(f"transform names column {name!r} twice")
-        found.append((name, tuple(_one(part.strip()) for part in chain.split("+"))))
+        each = tuple(_one(part.strip()) for part in chain.split("+"))
+        if len(each) > 1 and any(transform.kind == "standardize" for transform in each):
+            raise ValueError(
+                f"transform {chain.strip()!r}: standardize stands alone, and comes behind all others anyway"
+            )
+        found.append((name, each))
     return found
 
 

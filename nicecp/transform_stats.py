@@ -26,6 +26,7 @@ _ANGLES = re.compile(r"phi|theta|angle|azimuth|phase|longitude|\b(ra|lon)\b", re
 class Column:
     """What a column is like.
 
+    rows: how many, of rows with weights Kish's effective number.
     tail: Hill's estimate of the index a of tails that fall as |x|^-a. step: the power of ten that all values are
     multiples of, 0 if there is none to be seen. atom: the value that fills atom_share of the rows where that is far
     more than its neighbours (else the share is 0). distance: of the distribution function to a normal one.
@@ -59,46 +60,58 @@ class Column:
         )
 
 
-def look_at(values: FloatArray, dtype: DTypeLike) -> Column:
-    """values : (n,) finite, as read from numbers of ``dtype``."""
+def look_at(values: FloatArray, dtype: DTypeLike, weights: FloatArray | None = None) -> Column:
+    """values : (n,) finite, as read from numbers of ``dtype``; weights : (n,) positive, of any scale.
+
+    With weights all but repeated values and the recorded step is of the weight, and rows are Kish's effective ones.
+    """
     from scipy.special import ndtr
 
-    n = len(values)
-    ordered = np.sort(values)
-    middle, spread = float(np.mean(ordered)), float(np.std(ordered))
+    order = np.argsort(values, kind="stable")
+    ordered = np.asarray(values, np.float64)[order]
+    share = np.ones(len(ordered)) if weights is None else np.asarray(weights, np.float64)[order] / np.max(weights)
+    share /= share.sum()
+    place = np.cumsum(share) - 0.5 * share  # of each value in the distribution function
+    n = 1.0 / float(share @ share)
+    middle = float(share @ ordered)
+    spread = math.sqrt(float(share @ np.square(ordered - middle)))
     z = (ordered - middle) / (spread or 1.0)
     different, counts = np.unique(ordered, return_counts=True)
-    atom, share = _atom(different, counts)
-    distance = float(np.abs(ndtr(z) - (np.arange(n) + 0.5) / n).max(initial=0.0))
+    atom, atom_share = _atom(different, counts)
+    distance = float(np.abs(ndtr(z) - place).max(initial=0.0))
     return Column(
-        rows=n,
+        rows=round(n),
         low=float(ordered[0]),
         high=float(ordered[-1]),
-        skewness=float(np.mean(z**3)),
-        kurtosis=float(np.mean(z**4)) - 3.0,
-        tail=_tail_index(ordered),
-        different=len(different) / n,
+        skewness=float(share @ z**3),
+        kurtosis=float(share @ z**4) - 3.0,
+        tail=_tail_index(ordered, share, place),
+        different=len(different) / len(ordered),
         step=recorded_step(different, dtype),
         atom=atom,
-        atom_share=share,
+        atom_share=atom_share,
         distance=max(0.0, distance - 1.4 / math.sqrt(n)),
-        lean=_lean(ordered),
+        lean=_lean(ordered, place),
         reach=float(np.abs(z).max(initial=0.0)),
     )
 
 
-def _lean(ordered: FloatArray) -> float:
-    low, middle, high = (float(q) for q in np.quantile(ordered, [0.05, 0.5, 0.95]))
+def _lean(ordered: FloatArray, place: FloatArray) -> float:
+    low, middle, high = (float(q) for q in np.interp([0.05, 0.5, 0.95], place, ordered))
     return (high + low - 2.0 * middle) / (high - low) if high > low else 0.0
 
 
-def _tail_index(ordered: FloatArray) -> float:
-    """Hill's estimate from the square root of n rows that lie farthest from the median; infinite for a constant."""
-    far = np.sort(np.abs(ordered - np.median(ordered)))[::-1]
-    k = max(2, int(math.sqrt(len(far))))
+def _tail_index(ordered: FloatArray, share: FloatArray, place: FloatArray) -> float:
+    """Hill's estimate from as much of the weight as the square root of n rows have, those that lie farthest from the
+    median; infinite for a constant."""
+    distance = np.abs(ordered - np.interp(0.5, place, ordered))
+    order = np.argsort(distance)[::-1]
+    far, share = distance[order], share[order]
+    n = 1.0 / float(share @ share)
+    k = int(np.searchsorted(np.cumsum(share), max(2, int(math.sqrt(n))) / n * (1 - 1e-9))) + 1
     if len(far) <= k or not far[k] > 0:
         return math.inf
-    mean = float(np.mean(np.log(far[:k] / far[k])))
+    mean = float(np.average(np.log(far[:k] / far[k]), weights=share[:k]))
     return 1.0 / mean if mean > 0 else math.inf
 
 

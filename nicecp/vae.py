@@ -109,7 +109,7 @@ class VAE:
         )
         self.layers, self.gradients = self._views(self.flat), self._views(self._flat_gradient)
         self.no_scale = self.backend.alloc(n_features, self.dtype), self.backend.alloc(n_latent, self.dtype)
-        self._epoch = 0
+        self._epoch, self._step = 0, 0.0
         rng = np.random.default_rng(seed)
         for layers in self.layers:
             for j, (weight, _) in enumerate(layers):
@@ -206,6 +206,7 @@ class VAE:
         backend, run = self.backend, _Pass(self, batch_size)
         host, state = np.zeros(Slot.SIZE), backend.alloc(Slot.SIZE, np.float64)
         optimizer.write(host)
+        host[Slot.STEP] = self._step  # to which the moments belong
         backend.copy_in(state, host)
         size, rule = len(self.flat), OPTIMIZERS[optimizer.kind]
 
@@ -231,6 +232,7 @@ class VAE:
                     backend.copy_in(run.eps, drawn[batch])
                     step()
                     total += float(state[Slot.LOSS]) - 0.5 * float((drawn[batch] ** 2).sum(axis=1).mean())
+            self._step = float(state[Slot.STEP])
             means.append(-total / batches + 0.5 * self.n_latent * float(np.log(2 * np.pi)))
         return means
 

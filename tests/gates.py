@@ -6,7 +6,7 @@ that a broken copy passes is worth nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
 from nicecp.preprocessing import Standardize, Step
 from nicecp.spec import CouplingSpec, ModelSpec
-from tests import oracle
+from tests import oracle, oracle_parts
 
 F64 = NDArray[np.float64]
 COMPLEX_STEP = {"float64": 1e-12, "float32": 5e-6}  # of each array's norm; measured: below 1e-14 and 1e-6
@@ -32,10 +32,16 @@ def make_spec(
     first: int = 0,
     laws: Sequence[str] = ("additive",),
     partition: str | Sequence[int] = "odd-even",
+    orders: Mapping[int, Sequence[int]] | None = None,
 ) -> ModelSpec:
-    """One coupling for every entry of hidden, alternating, the first conditioned on part ``first``; laws in turn."""
+    """One coupling for every entry of hidden, alternating, the first conditioned on part ``first``; laws in turn.
+
+    orders : of couplings by their number, where they have one of their own
+    """
+    own = {k: tuple(order) for k, order in (orders or {}).items()}
     couplings = tuple(
-        CouplingSpec(laws[k % len(laws)], (first + k) % 2, 1 - (first + k) % 2, tuple(h)) for k, h in enumerate(hidden)
+        CouplingSpec(laws[k % len(laws)], (first + k) % 2, 1 - (first + k) % 2, tuple(h), order=own.get(k))
+        for k, h in enumerate(hidden)
     )
     if isinstance(partition, str):
         return ModelSpec(d, couplings, prior, dtype, partition=partition)
@@ -45,25 +51,27 @@ def make_spec(
 def draw_parameters(spec: ModelSpec, seed: int = 0) -> dict[str, F64]:
     """Parameters of order 1 that the flow's dtype represents, so that every gradient is of order 1 as well.
 
-    Output layers of couplings with a factor are smaller: several factors of 20 in a row would leave sums of numbers of
-    very different sizes, and their rounding.
+    Output layers of couplings with a factor or a spline are smaller: several factors of 20 in a row would leave sums of
+    numbers of very different sizes, and their rounding.
     """
     rng = np.random.default_rng(seed)
     out = {}
     for name, shape in spec.parameter_shapes().items():
         size = np.sqrt(1.5 / shape[0]) if name.endswith("weight") else 0.4
         _, k, _, j, _ = f"{name}////".split("/")[:5]
-        if name.startswith("couplings") and spec.couplings[int(k)].law != "additive":
-            size *= 0.3 if int(j) == len(spec.couplings[int(k)].hidden) else 1.0
+        law = spec.couplings[int(k)].law if name.startswith("couplings") else "additive"
+        if law != "additive" and int(j) == len(spec.couplings[int(k)].hidden):
+            size *= 0.1 if law == "spline" else 0.3
         out[name] = (size * rng.standard_normal(shape)).astype(spec.dtype).astype(float)
     return out
 
 
 def kink_distance(spec: ModelSpec, parameters: dict[str, F64], z: F64, context: F64 | None = None) -> F64:
     """z : (n, d), context : (n, k) -> (n,): how far each row's nearest ReLU is from its kink."""
-    distance = np.full(len(z), np.inf)
-    parts = oracle.parts_of(z, oracle.order_of(spec))
-    for k, c in enumerate(spec.couplings):
+    distance, order = np.full(len(z), np.inf), oracle_parts.order_of(spec)
+    parts = oracle_parts.parts_of(z, order)
+    for k, (c, after) in enumerate(zip(spec.couplings, oracle_parts.orders_of(spec), strict=True)):
+        parts, order = oracle_parts.regrouped(parts, order, after), after
         outputs = oracle.network(parameters, k, oracle.beside(parts[c.conditions_on], context))
         for x, (w, b) in zip(outputs[:-2], oracle.layers(parameters, k)[:-1], strict=True):
             distance = np.minimum(distance, np.abs(x @ w + b).min(axis=1))

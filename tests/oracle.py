@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nicecp.kernels.backend import Slot
 from nicecp.spec import ModelSpec
+from tests import oracle_spline as spline
+from tests.oracle_parts import order_of, orders_of, parts_of, regrouped, whole_of
 
 F64 = NDArray[np.float64]
 Parameters = Mapping[str, NDArray[Any]]
@@ -112,27 +114,6 @@ def load_batch(
     x[i < 0] = 0
     x0, x1 = parts_of(x, order)
     return x0, x1, np.where(i < 0, 0.0, 1.0)
-
-
-def parts_of(x: NDArray[Any], order: ArrayLike) -> list[NDArray[Any]]:
-    """x : (n, d) -> its columns order[:d0], d0 = ceil(d / 2), and its columns order[d0:]."""
-    d0 = (x.shape[1] + 1) // 2
-    return [x[:, list(np.asarray(order)[:d0])], x[:, list(np.asarray(order)[d0:])]]
-
-
-def whole_of(parts: list[NDArray[Any]], order: ArrayLike) -> NDArray[Any]:
-    """The inverse of parts_of."""
-    joined = np.concatenate(parts, axis=1)
-    return joined[:, np.argsort(np.asarray(order))]
-
-
-def order_of(spec: ModelSpec) -> list[int]:
-    """Data columns of part 0 and then of part 1, by the partition's definition."""
-    d = spec.n_features
-    if spec.partition == "permutation":
-        assert spec.order is not None
-        return list(spec.order)
-    return list(range(d)) if spec.partition == "halves" else [*range(0, d, 2), *range(1, d, 2)]
 
 
 def logit(x: F64, low: F64, width: F64, margin: float) -> tuple[F64, F64]:
@@ -286,6 +267,8 @@ def split_output(law: str, m: NDArray[Any]) -> tuple[Any, Any]:
 
 def couple(law: str, x: NDArray[Any], m: NDArray[Any], sign: int = 1) -> tuple[NDArray[Any], Any]:
     """x : (n, k) -> the law's y, or its inverse, and log abs det : (n,)."""
+    if law == "spline":
+        return spline.couple(x, m, sign)
     u, shift = split_output(law, m)
     if u is None:
         return x + sign * shift, np.zeros(len(x))
@@ -295,6 +278,8 @@ def couple(law: str, x: NDArray[Any], m: NDArray[Any], sign: int = 1) -> tuple[N
 
 def couple_backward(law: str, dy: F64, dlog_det: F64, x: F64, m: F64) -> tuple[F64, F64]:
     """-> dx, dm."""
+    if law == "spline":
+        return spline.couple_backward(dy, dlog_det, x, m)
     u, _ = split_output(law, m)
     if u is None:
         return dy, dy
@@ -313,22 +298,25 @@ def forward(
     spec: ModelSpec, parameters: Parameters, x: NDArray[Any], context: F64 | None = None
 ) -> tuple[NDArray[Any], Any]:
     """x : (n, d), context : (n, k) scaled -> h : (n, d), log abs det : (n,): sections 3.2 and 3.3."""
-    parts, log_det = parts_of(x, order_of(spec)), 0.0
-    for k, c in enumerate(spec.couplings):
+    parts, order, log_det = parts_of(x, order_of(spec)), order_of(spec), 0.0
+    for k, (c, after) in enumerate(zip(spec.couplings, orders_of(spec), strict=True)):
+        parts, order = regrouped(parts, order, after), after
         m = network(parameters, k, beside(parts[c.conditions_on], context))[-1]
         parts[c.transforms], more = couple(c.law, parts[c.transforms], m)
         log_det = log_det + more
     s = parameters["scaling/log_scale"]
-    return whole_of(parts, order_of(spec)) * np.exp(s), log_det + s.sum()
+    return whole_of(parts, order) * np.exp(s), log_det + s.sum()
 
 
 def inverse(spec: ModelSpec, parameters: Parameters, h: NDArray[Any], context: F64 | None = None) -> NDArray[Any]:
     y = h * np.exp(-parameters["scaling/log_scale"])
-    parts = parts_of(y, order_of(spec))
+    order = orders_of(spec)[-1]
+    parts = parts_of(y, order)
     for k, c in reversed(list(enumerate(spec.couplings))):
+        parts, order = regrouped(parts, order, orders_of(spec)[k]), orders_of(spec)[k]
         m = network(parameters, k, beside(parts[c.conditions_on], context))[-1]
         parts[c.transforms] = couple(c.law, parts[c.transforms], m, -1)[0]
-    return whole_of(parts, order_of(spec))
+    return whole_of(parts, order)
 
 
 def log_prob(spec: ModelSpec, parameters: Parameters, x: NDArray[Any], context: F64 | None = None) -> NDArray[Any]:
@@ -345,19 +333,21 @@ def gradients(
     spec: ModelSpec, parameters: Parameters, x: F64, context: F64 | None = None
 ) -> tuple[dict[str, F64], F64]:
     """By hand: -> d mean_loss / d parameters by name, d log_prob(x_i) / d x_i : (n, d)."""
-    n = len(x)
-    parts = parts_of(x, order_of(spec))
+    n, orders = len(x), orders_of(spec)
+    parts, order = parts_of(x, order_of(spec)), order_of(spec)
     saved, before = [], []
     for k, c in enumerate(spec.couplings):
+        parts, order = regrouped(parts, order, orders[k]), orders[k]
         saved.append(network(parameters, k, beside(parts[c.conditions_on], context)))
         before.append(parts[c.transforms])
         parts[c.transforms] = couple(c.law, before[-1], saved[-1][-1])[0]
     s = parameters["scaling/log_scale"]
-    h = whole_of(parts, order_of(spec)) * np.exp(s)
+    h = whole_of(parts, order) * np.exp(s)
     grads: dict[str, F64] = {}
     dy, grads["scaling/log_scale"] = scale_prior_backward(np.full(n, -1 / n), h, s, spec.prior)
-    dparts = parts_of(dy, order_of(spec))
+    dparts = parts_of(dy, order)
     for k, c in reversed(list(enumerate(spec.couplings))):
+        dparts, order = regrouped(dparts, order, orders[k]), orders[k]
         pairs, dlogp = layers(parameters, k), np.full(n, -1 / n)
         dparts[c.transforms], dz = couple_backward(c.law, dparts[c.transforms], dlogp, before[k], saved[k][-1])
         for j in reversed(range(len(pairs))):
@@ -367,7 +357,7 @@ def gradients(
                 dz, y_j, x_j, pairs[j][0], rectify=j < len(pairs) - 1
             )
         dparts[c.conditions_on] = dparts[c.conditions_on] + dz[:, : dparts[c.conditions_on].shape[1]]
-    return grads, -n * whole_of(dparts, order_of(spec))
+    return grads, -n * whole_of(dparts, order)
 
 
 def complex_step(

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nicecp.kernels",),
     (
         "nicecp.registry",
+        "nicecp.orders",
         "nicecp.spec",
         "nicecp.context",
         "nicecp.preprocessing",

@@ -202,6 +202,24 @@ def test_sample_a_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert result(["evaluate", "run-table.h5", "--data", str(out)], capsys)["rows"] == 30
 
 
+def test_a_wide_table_with_long_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names take more than the 64 KiB that attributes of older HDF5 formats may have; info lists the first."""
+    names, run, out = (
+        tuple(f"a long name for column {i:04d}" for i in range(3000)),
+        tmp_path / "w.h5",
+        tmp_path / "x.h5",
+    )
+    flow = NICE(3000, (2,), 3, threads=1)
+    flow.info = DataInfo(columns=names)
+    flow.save(run)
+    assert main(["sample", str(run), "-n", "2", "--out", str(out)]) == 0
+    with h5py.File(out) as file:
+        assert tuple(name.decode() for name in file["samples"].attrs["columns"]) == names
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    assert f"  columns        {', '.join(names[:24])} and 2,976 more\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "low", "high"), [("images.h5", 0.0, 1.0), ("colour.h5", -1.0, 1.0)])
 def test_sample_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, low: float, high: float

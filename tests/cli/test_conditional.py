@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ def test_evaluation_repeats_the_run_s_numbers(folder: Path, capsys: pytest.Captu
     plain = evaluated("b.h5", "--data", "beside.h5", "--weights", "none")
     assert plain["mean"] == pytest.approx(each.mean(), rel=1e-12)
     assert plain["effective_rows"] is None
+    chosen = evaluated("a.h5", "--data", "columns.h5", "--columns", "x,y,z", "--weights", "none")
+    with h5py.File("columns.h5") as file:
+        rows = file["train"][()]
+    assert chosen["mean"] == pytest.approx(load("a.h5").log_prob(rows[:, [0, 1, 3]], rows[:, [2, 4]]).mean(), rel=1e-12)
     with h5py.File("beside.h5") as file:
         other = file["ctx"][:60]
     with h5py.File("other.h5", "w") as file:
@@ -184,6 +189,27 @@ def test_samples_at_a_context(folder: Path, capsys: pytest.CaptureFixture[str]) 
     )
     assert "neither numbers" in refused(capsys, "sample", "a.h5", "--context", "nan,1", "--out", "no.h5")
     assert not Path("no.h5").exists()
+
+
+def test_files_of_contexts_and_weights_are_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("beside.h5") as source, h5py.File("apart.h5", "w") as file:
+        file["ctx"], file["w"] = source["ctx_test"][()], source["w_test"][()]
+    before = Path("apart.h5").read_bytes()
+    out = ("--out", "apart.h5", "--overwrite")
+    rows = ("--data", "beside.h5:/test", "--context", "apart.h5:/ctx")
+    weights = ("--data", "beside.h5:/test", "--context", "/ctx_test", "--weights", "apart.h5:/w")
+    for words in (
+        ("train", *rows, *SMALL, *out),
+        ("train", *weights, *SMALL, *out),
+        ("score", "b.h5", *rows, "--weights", "none", *out),
+        ("score", "b.h5", *weights, *out),
+        ("score", "b.h5", *rows, "--weights", "none", "--out", "s.h5", "--plot", "apart.png", "--overwrite"),
+        ("sample", "b.h5", "--context", "apart.h5:/ctx", *out),
+    ):
+        if "--plot" in words:
+            os.link("apart.h5", "apart.png")
+        assert "it is one of the inputs; choose another name" in refused(capsys, *words)
+        assert Path("apart.h5").read_bytes() == before
 
 
 def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

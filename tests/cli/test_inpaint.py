@@ -14,7 +14,7 @@ import pytest
 
 from nicecp.checkpoint import load
 from nicecp.cli.main import main
-from nicecp.data import open_source
+from nicecp.data import open_source, open_splits
 from nicecp.flow import NICE
 from nicecp.inpaint import inpaint
 from nicecp.inpainting import inpaint_images
@@ -132,6 +132,21 @@ def test_colour_and_floats(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["masks"][0]["error_of_training_mean"] is None
     words += ["--box", "0,1", "--out", "g.h5"]
     assert main(["inpaint", "flow-floats.h5", "--data", "floats.h5:/train", *words]) == 0
+
+
+def test_the_training_mean_is_that_of_the_run_s_rows_and_a_logit_s_range_is_the_box(folder: Path) -> None:
+    """Floats in 0..1, of which half validate: those that the run drew by its own seed."""
+    small = ["--hidden", "4", "--couplings", "3", "--epochs", "1", "--threads", "1"]
+    with h5py.File("floats.h5", "r+") as file:
+        file["many/train"] = x = np.random.default_rng(5).random((60, *SHAPE))
+    words = ["--data", "floats.h5:/many", "--logit", "0.05", "--range", "0,1", "--valid-fraction", "0.5", "--seed", "7"]
+    assert main(["train", *words, *small, "--out", "run.h5"]) == 0
+    painted = inpaint_images("run.h5", "floats.h5:/many", "top", iterations=5, n=3)
+    with open_splits("floats.h5:/many", 0.5, 7) as splits:
+        rows = splits.train.rows()
+    np.testing.assert_allclose(painted.fill, x[rows].reshape(30, 24).mean(axis=0))
+    hidden = painted.result[..., painted.hidden[0]]
+    assert 0 <= hidden.min() < hidden.max() <= 1
 
 
 def test_plot_inpainting(folder: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import nicecp
+from nicecp.cli import app
 from nicecp.cli.app import COMMANDS
 from nicecp.cli.main import main
 from nicecp.flow import NICE
@@ -78,8 +79,8 @@ def test_python_m() -> None:
 def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     """The reader takes one line and goes, in the middle of more than a pipe holds."""
     with h5py.File(tmp_path / "many.h5", "w") as file:
-        for i in range(3000):
-            file[f"a_dataset_with_a_long_name_{i:05d}"] = np.zeros((2, 2))
+        for i in range(600):
+            file[f"a_dataset_with_a_name_{i:0200d}"] = np.zeros((2, 2))
     command = f"{sys.executable} -m nicecp info {tmp_path / 'many.h5'} --json | head -c 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("{", "")
@@ -327,7 +328,30 @@ def test_json_of_info_on_a_flow_without_training(folder: Path, capsys: pytest.Ca
     assert "not recorded" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("words", "said"), [(["evaluate"], True), (["--debug", "score"], True), (["info"], False)])
+def test_other_ranks_carry_out_what_all_do_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: bool
+) -> None:
+    """Also behind an option of the whole program: rank 0 would wait for them for ever."""
+    monkeypatch.setattr(app, "launched", lambda: (2, 1))
+    assert app.run([*words, "--help"]) == 0
+    assert ("Usage:" in capsys.readouterr().out) == said
+
+
 def test_names_of_the_package_are_listed_once() -> None:
     names = dir(nicecp)
     assert len(names) == len(set(names))
     assert {"NICE", "fit", "load", "testing"} <= set(names)
+
+
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line breaks and control characters of datasets' and columns' names are shown, not sent."""
+    path = str(tmp_path / "x.h5")
+    with h5py.File(path, "w") as file:
+        file["a\r\nb\x7f"] = np.zeros((4, 2))
+        file["a\r\nb\x7f"].attrs["columns"] = np.array([b"\x1b[2J", b"\xe2\x80\xae"])
+    assert main(["info", path]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert r"a\r\nb\x7f" in out
+    assert r"\x1b[2J, \u202e" in out

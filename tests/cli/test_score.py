@@ -157,6 +157,26 @@ def test_rows_and_columns_are_chosen(folder: Path, capsys: pytest.CaptureFixture
         np.testing.assert_allclose(out["log_prob"][()], expected, rtol=1e-12)
 
 
+def test_columns_of_other_data_are_found_by_name_as_evaluate_finds_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a range of rows that the run was trained on says nothing about the rows that are scored."""
+    x = np.random.default_rng(6).normal(size=(200, D)) * [1, 2, 3, 4]
+    with h5py.File("named.h5", "w") as file:
+        for name, order in (("train", [0, 1, 2, 3]), ("other", [2, 0, 3, 1])):
+            file[name] = x[:, order]
+            file[name].attrs["columns"] = np.array([b"abcd"[i : i + 1] for i in order])
+    words = ["--select", "20:180", "--epochs", "1", "--hidden", "8", "--threads", "1"]
+    assert main(["train", "--data", "named.h5", "--out", "n.h5", *words]) == 0
+    for data in ("named.h5:/other", "named.h5:/train"):
+        capsys.readouterr()
+        found = scored("n.h5", "--data", data, "--out", "s.h5", "--overwrite", "--plot", "f.png", capsys=capsys)
+        with h5py.File("s.h5") as out:
+            np.testing.assert_allclose(out["log_prob"][()], load("n.h5").log_prob(x), rtol=1e-12)
+        assert main(["evaluate", "n.h5", "--data", data, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["mean"] == pytest.approx(found["mean"], rel=1e-12)
+
+
 def test_recorded_columns_get_their_noise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As in training: a value recorded in steps stands for an interval."""
     x = np.round(np.random.default_rng(5).normal(size=(400, D)), 1)
@@ -245,6 +265,7 @@ def test_a_row_that_overflows_is_named_and_nothing_written(folder: Path, capsys:
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--draws", "2"], ["8-bit", "'table.h5:/test'"]),
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "table.h5"], ["'table.h5'", "folder"]),
         (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "no/p.png"], ["'no/p.png'", "folder"]),
+        (["table-run.h5", "--data", "table.h5", "--out", "s.h5", "--plot", "./s.h5"], ["'./s.h5'", "another file"]),
     ],
 )
 def test_mistakes_are_one_line(

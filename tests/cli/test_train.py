@@ -95,6 +95,7 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, record = load_run("run.h5")
     assert record is not None
     assert [event["valid_log_likelihood"] for event in events[1:3]] == [r.valid_log_likelihood for r in record.history]
+    assert [event["rows_per_second"] * event["seconds"] for event in events[1:3]] == pytest.approx([200, 200])
     begin, end = events[0], events[-1]
     assert begin["data"] == str(folder / "images.h5")
     assert begin["settings"] == record.config["settings"]
@@ -209,7 +210,7 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_laws_of_the_couplings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laws = ["--coupling", "affine,additive"]
     out, _ = run(["train", "--data", "table.h5", "--epochs", "2", *SMALL, *laws], capsys)
-    assert "3 couplings, additive with hidden 6, affine with hidden 6, logistic prior" in out
+    assert "3 couplings, affine with hidden 6, additive with hidden 6 in turn, logistic prior" in out
     flow, record = load_run("run.h5")
     assert [coupling.law for coupling in flow.spec.couplings] == ["affine", "additive", "affine"]
     assert record is not None
@@ -221,7 +222,7 @@ def test_laws_of_the_couplings(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["train", "--data", "table.h5", "--out", "b.h5", "--coupling", "afine"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "additive, multiplicative, affine, got afine" in err
+    assert "additive, multiplicative, affine, spline, got afine" in err
     assert not Path("b.h5").exists()
 
 
@@ -242,6 +243,23 @@ def test_a_resumed_run_keeps_its_settings(folder: Path, capsys: pytest.CaptureFi
         err = capsys.readouterr().err
         assert err.startswith(f"nicecp: error: 'run.h5': {expected}")
         assert err.endswith("; leave it out, or start a new run with another --out\n")
+
+
+def test_options_without_an_effect_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["train", "--data", "images.h5", "--epochs", "1", *SMALL], capsys)
+    new = ["train", "--data", "images.h5", "--out", "no.h5"]
+    for words, expected in (
+        (["train", "--resume", "run.h5", "--overwrite"], "--overwrite is for new runs"),
+        ([*new, "--allow-constant"], "leave --allow-constant out"),
+        ([*new, "--no-standardize"], "leave --no-standardize out"),
+        (["sample", "run.h5", "--out", "no.h5", "--columns-of-grid", "3"], "(--columns-of-grid) are for pictures"),
+        (["evaluate", "run.h5", "--data", "images.h5", "--compare", "--memory-limit", "8GiB"], "leave --memory-limit"),
+    ):
+        assert main(words) == 2
+        shown = capsys.readouterr()
+        assert expected in shown.err
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert not Path("no.h5").exists()
 
 
 def test_whitened_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,6 +320,8 @@ def test_the_plan_of_a_published_file(folder: Path, capsys: pytest.CaptureFixtur
     assert plan["seconds_per_step"] > 0
     products = [2 * 6 * 2400 + (depth - 1) * 2400 * 2400 for depth in (1, 1, 3, 3, 2, 2, 1, 1)]
     assert plan["flops"] == 2 * 20 * (3 * sum(products) - 6 * 2400)
+    depths = ["2 additive with hidden 2400", "2 additive with hidden 3x2400", "2 additive with hidden 2x2400"]
+    assert f"8 couplings, {', then '.join([*depths, depths[0]])}, parts by halves" in plan["model"]
     small = ["--preset", "cifar10", "--hidden", "8", "--batch-size", "20"]
     out, _ = run(["train", "--data", "images.h5", *small, "--dry-run", "--json"], capsys)
     plan = json.loads(out)

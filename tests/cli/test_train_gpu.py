@@ -15,6 +15,7 @@ from nicecp import kernels
 from nicecp.checkpoint import load_run
 from nicecp.cli.main import main
 from nicecp.kernels import detect, get_backend
+from nicecp.kernels.cuda_pinned import STAGED
 from nicecp.scoring import score
 from tests.emulated import build
 from tests.kernels.stand_in import stand_in_driver
@@ -107,6 +108,19 @@ def test_a_memory_limit_changes_nothing(data: str, capsys: pytest.CaptureFixture
     assert main(["train", "--data", data, "--out", "c.h5", "--device", "cuda", "--device-memory-limit", "99",
                  *SMALL]) == 2  # fmt: skip
     assert "--device-memory-limit must hold two batches, 448 bytes, got 99" in capsys.readouterr().err
+
+
+def test_page_locked_memory_is_counted(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a dry run says is what is taken: both blocks, and those of all other copies."""
+    arguments = ("--data", data, "--device", "cuda", "--epochs", "1", *SMALL)
+    plans = [train("--dry-run", *limit, *arguments, capsys=capsys)[-1] for limit in
+             ((), ("--device-memory-limit", "500B"))]  # fmt: skip
+    taken = [size for name, *size in get_backend("cuda").driver.cupy.calls if name == "pinned"]  # type: ignore[attr-defined]
+    assert plans[0]["pinned_bytes"] == STAGED
+    assert plans[1]["pinned_bytes"] == sum(size for (size,) in taken) == STAGED + 2 * 16 * (6 + 8)
+    assert plans[1]["memory_bytes"] - plans[0]["memory_bytes"] == 2 * 16 * (6 + 8)
+    assert main(["train", *arguments, "--out", "c.h5", "--memory-limit", "1MiB"]) == 2
+    assert "--memory-limit must be at least" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # 13 s of emulated kernels

@@ -80,6 +80,7 @@ class EmulatedKernel:
         parameters = getattr(library, f"{name}__parameters")
         self._message.restype = parameters.restype = ctypes.c_char_p
         self._parameters = re.findall("....", parameters().decode())
+        self.constants = [kind[1] == "c" for kind in self._parameters]  # whether a parameter points to what is const
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], schedule: int = 0) -> None:
         if len(arguments) != len(self._parameters):

@@ -5,8 +5,6 @@ Run by `make test-gpu` and benchmarks/gpu.sh.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from nicecp.doctor import examine
 from nicecp.errors import DeviceMemoryError
 from nicecp.evaluate import evaluate
 from nicecp.flow import NICE
-from nicecp.kernels import cublaslt, cuda_nccl, cuda_source, get_backend
+from nicecp.kernels import cuda_nccl, cuda_source, detect, get_backend
 from nicecp.kernels.backend import Purpose, Slot
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, MaskedBiasGradient, ReluBias
 from nicecp.optimizers import AdaM
@@ -115,6 +113,8 @@ def test_evaluation_is_that_of_the_cpu(gpu: Any) -> None:
 
 
 def test_tf32_rounds_factors_and_full_does_not(gpu: Any, tf32: Any) -> None:
+    if detect.look().gpus[0].capability < (8, 0):
+        pytest.skip("this GPU has no TF32")
     rng = np.random.default_rng(3)
     a, b = (rng.standard_normal((512, 512)).astype(np.float32) for _ in range(2))
     exact, errors = a.astype(float) @ b, []
@@ -206,40 +206,3 @@ def test_doctor_finds_all_well() -> None:
     assert [finding.text for finding in findings if finding.problem] == []
     checks = [finding.text for finding in findings if finding.name == "gradients, cuda"]
     assert [text.split(":")[0] for text in checks] == ["float64", "float32", "tf32"]
-
-
-def test_numbers_of_cublaslt_are_the_header_s() -> None:
-    """Where CUDA's packages brought the header."""
-    found = [path for folder in map(Path, __import__("site").getsitepackages())
-             for path in folder.glob("nvidia/*/include/cublasLt.h")]  # fmt: skip
-    for path in found:
-        text = path.read_text() + (path.parent / "cublas_api.h").read_text()
-        text += (path.parent / "library_types.h").read_text()
-
-        def number(name: str, text: str = text) -> int:
-            match = re.search(rf"\b{name}\s*=\s*([^,/\n]+)", text)
-            assert match is not None, name
-            parts = [part.strip(" ()") for part in match[1].split("|")]
-            total = 0
-            for part in parts:
-                total |= int(part) if part.isdecimal() else number(part)
-            return total
-
-        for name, value in {
-            "CUDA_R_32F": cublaslt.R_32F, "CUDA_R_64F": cublaslt.R_64F, "CUBLAS_OP_T": cublaslt.OP_T,
-            "CUBLAS_COMPUTE_32F": cublaslt.COMPUTE_32F, "CUBLAS_COMPUTE_64F": cublaslt.COMPUTE_64F,
-            "CUBLAS_COMPUTE_32F_FAST_TF32": cublaslt.COMPUTE_32F_FAST_TF32,
-            "CUBLASLT_MATMUL_DESC_TRANSA": cublaslt.TRANSA, "CUBLASLT_MATMUL_DESC_TRANSB": cublaslt.TRANSB,
-            "CUBLASLT_MATMUL_DESC_EPILOGUE": cublaslt.EPILOGUE,
-            "CUBLASLT_MATMUL_DESC_BIAS_POINTER": cublaslt.BIAS_POINTER,
-            "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER": cublaslt.AUX_POINTER,
-            "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD": cublaslt.AUX_LD,
-            "CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES": cublaslt.MAX_WORKSPACE_BYTES,
-            "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES": cublaslt.MIN_ALIGNMENT[0],
-            "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES": cublaslt.MIN_ALIGNMENT[3],
-            "CUBLASLT_EPILOGUE_DEFAULT": cublaslt.DEFAULT, "CUBLASLT_EPILOGUE_BIAS": cublaslt.BIAS,
-            "CUBLASLT_EPILOGUE_RELU_BIAS": cublaslt.RELU_BIAS,
-            "CUBLASLT_EPILOGUE_RELU_AUX_BIAS": cublaslt.RELU_AUX_BIAS,
-            "CUBLASLT_EPILOGUE_DRELU_BGRAD": cublaslt.DRELU_BGRAD, "CUBLASLT_EPILOGUE_BGRADA": cublaslt.BGRADA,
-        }.items():  # fmt: skip
-            assert number(name) == value, name

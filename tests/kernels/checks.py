@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nicecp.kernels.backend import OPTIMIZERS, PRIORS, Backend, Slot
-from tests import oracle
+from tests import oracle, oracle_parts
 
 TOLERANCE = {"float32": 5e-6, "float64": 1e-13}
+SPLINE_TOLERANCE = (
+    1e-12  # float64: in a bin a hundredth wide a place is rounded to 1e-14 of it; measured: up to 1.2e-13
+)
 SENTINEL = 12345.0  # what a kernel must overwrite, or must leave alone
 
 
@@ -135,11 +138,29 @@ def check_split_join(backend: Backend, dtype: str, n: int, d: int, partition: st
     x, order = device.normal(n, d), device.put(host_order, "int64")
     x0, x1, joined = device.out(n, halves(d)[0]), device.out(n, halves(d)[1]), device.out(n, d)
     backend.split(x0, x1, device.put(x), order)
-    e0, e1 = oracle.parts_of(x, host_order)
+    e0, e1 = oracle_parts.parts_of(x, host_order)
     device.close(x0, e0, "part 0", 0)
     device.close(x1, e1, "part 1", 0)
     backend.join(joined, x0, x1, order)
     device.close(joined, x, "join after split", 0)
+
+
+def check_permute(backend: Backend, dtype: str, n: int, d: int) -> None:
+    """From one order to another, and back by the inverse permutation."""
+    device, rng = Device(backend, dtype), np.random.default_rng(d)
+    one, other = rng.permutation(d), rng.permutation(d)
+    x = device.normal(n, d)
+    x0, x1 = (device.put(part) for part in oracle_parts.parts_of(x, one))
+    y0, y1, z0, z1 = (device.out(n, k) for k in halves(d) * 2)
+    index = np.argsort(one)[other]
+    backend.permute(y0, y1, x0, x1, device.put(index, "int64"))
+    for part, (y, expected) in enumerate(zip((y0, y1), oracle_parts.parts_of(x, other), strict=True)):
+        device.close(y, expected, f"part {part}", 0)
+        np.testing.assert_array_equal(expected, oracle_parts.permute(*oracle_parts.parts_of(x, one), index)[part])
+    backend.permute(z0, z1, y0, y1, device.put(np.argsort(index), "int64"))
+    for back, first, expected in zip((z0, z1), (x0, x1), oracle_parts.parts_of(x, one), strict=True):
+        device.close(back, expected, "there and back", 0)
+        device.close(first, expected, "x must stay", 0)
 
 
 def check_gather(
@@ -244,6 +265,37 @@ def check_factor_backward(backend: Backend, dtype: str, n: int, k: int, law: str
     expected_dx, expected_dm = oracle.couple_backward(law, dy, dlog_det, x, m)
     device.close(dx, expected_dx, "dx")
     device.close(dm, expected_dm, "dm")
+
+
+def spline_inputs(device: Device, n: int, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Values inside and outside of the interval, and what a network may give."""
+    return 2 * device.normal(n, k), device.normal(n, oracle.spline.OUTPUTS * k)
+
+
+def check_spline_forward(
+    backend: Backend, dtype: str, n: int, k: int, sign: int, aliased: bool = False, first: bool = True
+) -> None:
+    device = Device(backend, dtype)
+    x, m = spline_inputs(device, n, k)
+    device_x, log_det = device.put(x), device.out(n, dtype="float64")
+    y = device_x if aliased else device.out(n, k)
+    backend.spline_forward(y, log_det, device_x, device.put(m), sign, first)
+    expected, expected_log_det = oracle.couple("spline", x, m, sign)
+    device.close(y, expected, f"spline, sign {sign}", max(device.tolerance, SPLINE_TOLERANCE))
+    # x and m are exact in either dtype and the computation is float64
+    assert_close(device.get(log_det), expected_log_det + (0 if first else SENTINEL), SPLINE_TOLERANCE, "log_det")
+
+
+def check_spline_backward(backend: Backend, dtype: str, n: int, k: int, aliased: bool = False) -> None:
+    device = Device(backend, dtype)
+    (x, m), dy, dlog_det = spline_inputs(device, n, k), device.normal(n, k), device.rng.standard_normal(n)
+    device_dy, dm = device.put(dy), device.out(*m.shape)
+    dx = device_dy if aliased else device.out(n, k)
+    arrays = (device_dy, device.put(dlog_det, "float64"), device.put(x), device.put(m))
+    backend.spline_backward(dx, dm, *arrays)
+    expected_dx, expected_dm = oracle.couple_backward("spline", dy, dlog_det, x, m)
+    device.close(dx, expected_dx, "dx", max(device.tolerance, SPLINE_TOLERANCE))
+    device.close(dm, expected_dm, "dm", max(device.tolerance, SPLINE_TOLERANCE))
 
 
 def check_logit(

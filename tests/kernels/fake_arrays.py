@@ -8,8 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.kernels.fake_order import Access, Span, span_of
+
 if TYPE_CHECKING:
     from tests.kernels.fake_cupy import FakeCupy
+
+
+class Owner:
+    """An allocation: arrays and their views keep it, launches and graphs do not."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+
+
+class Exchanged:
+    """A DLPack capsule."""
+
+    def __init__(self, host: np.ndarray[Any, Any], owner: Owner) -> None:
+        self.host, self.owner = host, owner
+
+
+def span(host: np.ndarray[Any, Any]) -> Span:
+    """The bytes from the first to the last of an array, which may be a view with gaps."""
+    low, high = np.lib.array_utils.byte_bounds(host)
+    return span_of(low, (high - low) * (host.size > 0))
 
 
 class FakeArray:
@@ -17,8 +39,8 @@ class FakeArray:
 
     __array_ufunc__ = None  # NumPy must not take part
 
-    def __init__(self, cupy: FakeCupy, host: np.ndarray[Any, Any]) -> None:
-        self.cupy, self.host = cupy, host
+    def __init__(self, cupy: FakeCupy, host: np.ndarray[Any, Any], owner: Owner) -> None:
+        self.cupy, self.host, self.owner = cupy, host, owner
 
     def __array__(self, *arguments: Any, **named: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -38,20 +60,21 @@ class FakeArray:
     # --- views --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> FakeArray:
-        return FakeArray(self.cupy, self.host[key])
+        return FakeArray(self.cupy, self.host[key], self.owner)
 
     def reshape(self, *shape: Any) -> FakeArray:
-        return FakeArray(self.cupy, self.host.reshape(*shape))
+        return FakeArray(self.cupy, self.host.reshape(*shape), self.owner)
 
     @property
     def T(self) -> FakeArray:
-        return FakeArray(self.cupy, self.host.T)
+        return FakeArray(self.cupy, self.host.T, self.owner)
 
     # --- arithmetic ---------------------------------------------------------------------------------------------------
 
     def __setitem__(self, key: Any, value: Any) -> None:
         given, part = self.cupy.host_of(value), self.host[key]
-        self.cupy.launch("assign", lambda: np.copyto(part, given, casting="same_kind"))
+        access = Access(self.cupy.spans_of([value]), {span(part)})
+        self.cupy.launch("assign", lambda: np.copyto(part, given, casting="same_kind"), access)
 
     def astype(self, dtype: Any) -> FakeArray:
         return self.cupy.compute(lambda a: a.astype(dtype), self)
@@ -81,6 +104,21 @@ class FakeArray:
     def __sub__(self, other: Any) -> FakeArray:
         return self.cupy.compute(np.subtract, self, other)
 
+    def _in_place(self, function: Callable[..., Any], other: Any) -> FakeArray:
+        given, host = self.cupy.host_of(other), self.host
+        access = Access(self.cupy.spans_of([other]), self.cupy.spans_of([self]))
+        self.cupy.launch("in place", lambda: function(host, given, out=host) is None, access)
+        return self
+
+    def __iadd__(self, other: Any) -> FakeArray:
+        return self._in_place(np.add, other)
+
+    def __isub__(self, other: Any) -> FakeArray:
+        return self._in_place(np.subtract, other)
+
+    def __imul__(self, other: Any) -> FakeArray:
+        return self._in_place(np.multiply, other)
+
     def __mul__(self, other: Any) -> FakeArray:
         return self.cupy.compute(np.multiply, self, other)
 
@@ -108,7 +146,7 @@ class FakeArray:
             event = self.cupy.cuda.Event(disable_timing=True)
             producer.record(event)
             consumer.wait_event(event)
-        return self.host
+        return Exchanged(self.host, self.owner)
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {

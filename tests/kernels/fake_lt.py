@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nicecp.kernels.cublaslt import PROTOTYPES
+from nicecp.kernels.cublaslt import PROTOTYPES, WORKSPACE
+from tests.kernels.fake_order import Access, span_of
 
 NUMBERS = {0: np.dtype(np.float32), 1: np.dtype(np.float64)}
 
@@ -34,7 +35,8 @@ def column_major(address: int, dtype: np.dtype[Any], rows: int, columns: int, ld
 class FakeLt:
     """``declined`` : epilogues for which the heuristic has nothing; ``relu_hides_nan`` : max(NaN, 0) is 0 in a product.
 
-    calls : what was asked of it, in order. run : how a product is carried out (a stream may put it off).
+    calls : what was asked of it, in order. run : how a product is carried out (a stream may put it off), and what
+    memory it touches.
     """
 
     def __init__(self, declined: tuple[int, ...] = (), relu_hides_nan: bool = False) -> None:
@@ -42,7 +44,7 @@ class FakeLt:
         self.calls: list[tuple[Any, ...]] = []
         self.made: list[dict[Any, Any]] = [{}]
         self.status = 0
-        self.run: Callable[[int, Callable[[], None]], None] = lambda stream, work: work()
+        self.run: Callable[[int, Callable[[], None], Access], None] = lambda stream, work, access: work()
         for name in PROTOTYPES:
             setattr(self, "cublasLt" + name, self._function(name))
         self.cublasLtGetVersion = lambda: 130101
@@ -128,12 +130,30 @@ class FakeLt:
         self._checked(about, *layouts)
         assert algorithm._obj.data[0] == 7, "not the algorithm that the heuristic named"
         assert plain(workspace)
-        assert size == 32 * 2**20
+        assert size == WORKSPACE
         assert (alpha._obj.value, beta._obj.value) == (1, 0)
         addresses = [plain(address) for address in (a, b, d)]
         assert plain(c) == addresses[2]
         self.calls.append(("matmul", about, addresses, plain(workspace), plain(stream)))
-        self.run(plain(stream), lambda: self._compute(about, layouts, addresses))
+        access = self._access(about, layouts, addresses, plain(workspace))
+        self.run(plain(stream), lambda: self._compute(about, layouts, addresses), access)
+
+    @staticmethod
+    def _access(about: dict[Any, Any], layouts: list[dict[Any, Any]], addresses: list[int], workspace: int) -> Access:
+        """Also the workspace is written: two products at a time must not share it."""
+        item, epilogue = NUMBERS[about["scale"]].itemsize, about[7]
+        a, b, d = (
+            span_of(address, layout["ld"] * layout["shape"][1] * item)
+            for address, layout in zip(addresses, layouts, strict=True)
+        )
+        access = Access({a, b}, {d, span_of(workspace, WORKSPACE)})
+        rows, columns = layouts[2]["shape"]
+        if epilogue != 1:
+            gradient = epilogue == 256 or epilogue & 16
+            (access.writes if gradient else access.reads).add(span_of(about[8], rows * item))
+        if epilogue & 128:
+            (access.reads if epilogue & 8 else access.writes).add(span_of(about[11], about[12] // 8 * columns))
+        return access
 
     @np.errstate(all="ignore")
     def _compute(self, about: dict[Any, Any], layouts: list[dict[Any, Any]], addresses: list[int]) -> None:

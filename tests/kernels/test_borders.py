@@ -100,6 +100,12 @@ def test_split_and_join(backend: Backend, dtype: str, n: int, d: int, partition:
 
 @DTYPES
 @ROWS_COLUMNS
+def test_permute(backend: Backend, dtype: str, n: int, d: int) -> None:
+    checks.check_permute(backend, dtype, n, d)
+
+
+@DTYPES
+@ROWS_COLUMNS
 @pytest.mark.parametrize("margin", [0.0, 0.05])
 def test_logit(backend: Backend, dtype: str, n: int, d: int, margin: float) -> None:
     checks.check_logit(backend, dtype, n, d, margin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nicecp.kernels.backend import ALIGNMENT, FACTOR_BOUND, PRIORS, Backend
+from nicecp.kernels.backend import ALIGNMENT, FACTOR_BOUND, PRIORS, SPLINE_BINS, SPLINE_BOUND, Backend
 from tests import oracle
 from tests.kernels import checks
 from tests.kernels.checks import Device, halves, new_state
@@ -142,6 +142,52 @@ def test_factor_forward(backend: Backend, dtype: str, n: int, d: int, law: str, 
 def test_factor_backward(backend: Backend, dtype: str, n: int, d: int, law: str) -> None:
     checks.check_factor_backward(backend, dtype, n, d, law)
     checks.check_factor_backward(backend, dtype, n, d, law, aliased=True)
+
+
+SPLINES = pytest.mark.parametrize(("n", "d"), [(1, 2), (1, 1025), (31, 33), (33, 31), (1000, 3), (1025, 5)])
+
+
+@DTYPES
+@SPLINES
+@pytest.mark.parametrize("sign", [1, -1])
+def test_spline_forward(backend: Backend, dtype: str, n: int, d: int, sign: int) -> None:
+    checks.check_spline_forward(backend, dtype, n, d, sign)
+    checks.check_spline_forward(backend, dtype, n, d, sign, aliased=True, first=False)
+
+
+@DTYPES
+@SPLINES
+def test_spline_backward(backend: Backend, dtype: str, n: int, d: int) -> None:
+    checks.check_spline_backward(backend, dtype, n, d)
+    checks.check_spline_backward(backend, dtype, n, d, aliased=True)
+
+
+@DTYPES
+def test_splines_far_out(backend: Backend, dtype: str) -> None:
+    """Outside of the interval nothing changes, whatever the network says; inside slopes are bounded; NaN stays."""
+    device, k = Device(backend, dtype), 3 * SPLINE_BINS - 1
+    edge = SPLINE_BOUND
+    x = np.array([-1e30, -1e6, -edge, 0.3, np.nextafter(edge, 0, dtype=dtype), edge, 1e6, 1e30, np.nan, 0.3, -np.inf])
+    m = 1e30 * device.normal(len(x), k)
+    m[-2] = np.nan
+    put_x, put_m, n = device.put(x[:, None]), device.put(m), len(x)
+    for sign in (1, -1):
+        y, log_det = device.out(n, 1), device.out(n, dtype="float64")
+        backend.spline_forward(y, log_det, put_x, put_m, sign, True)
+        same = [0, 1, 2, 5, 6, 7, 8, 10]
+        np.testing.assert_array_equal(device.get(y)[same, 0], x[same].astype(dtype))
+        assert (device.get(log_det)[same] == 0).all()
+        assert np.isnan(device.get(y)[9])
+        inner = [3, 4]
+        assert (abs(device.get(y)[inner]) <= edge).all()
+        assert (abs(device.get(log_det)[inner]) < 30).all(), "slopes lie between 1e-13 and 1e4"
+    dx, dm, dy = device.out(n, 1), device.out(n, k), device.put(np.ones((n, 1)))
+    backend.spline_backward(dx, dm, dy, device.put(np.ones(n), "float64"), put_x, put_m)
+    assert (device.get(dx)[same] == 1).all()
+    assert not device.get(dm)[same].any()
+    assert np.isfinite(device.get(dm)[inner]).all()
+    backend.spline_backward(dx, dm, dy, device.put(np.ones(n), "float64"), put_x, device.put(np.zeros((n, k))))
+    np.testing.assert_allclose(device.get(dx)[:8], 1, rtol=1e-6)  # the identity
 
 
 @DTYPES

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import site
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,3 +139,53 @@ def test_structures_have_the_header_s_sizes() -> None:
 def test_version() -> None:
     assert cublaslt.version(FakeLt()) == "13.1.1"
     assert cublaslt.version(SimpleNamespace(cublasLtGetVersion=lambda: 120902)) == "12.9.2"
+
+
+def test_sums_are_added_in_one_order() -> None:
+    """No algorithm that adds its parts in place, in whatever order they come."""
+    lt = FakeLt()
+    Products(lt).plan(Kind("float32", 2, 3, 4))
+    assert lt.calls[0][2][cublaslt.REDUCTION_SCHEMES] == 6
+
+
+def test_numbers_of_cublaslt_are_the_header_s() -> None:
+    """Where CUDA's packages, or its toolkit, brought the header."""
+    folders = [Path(folder) for folder in (*site.getsitepackages(), "/usr/local/cuda/include")]
+    found = [path for folder in folders for path in (*folder.glob("nvidia/*/include/cublasLt.h"),
+                                                     *folder.glob("cublasLt.h"))]  # fmt: skip
+    if not found:
+        pytest.skip("cublasLt.h is not installed")
+    for path in found:
+        text = path.read_text() + (path.parent / "cublas_api.h").read_text()
+        text += (path.parent / "library_types.h").read_text()
+
+        def number(name: str, text: str = text) -> int:
+            match = re.search(rf"\b{name}\s*=\s*([^,/\n]+)", text)
+            assert match is not None, name
+            parts = [part.strip(" ()") for part in match[1].split("|")]
+            total = 0
+            for part in parts:
+                total |= int(part) if part.isdecimal() else number(part)
+            return total
+
+        for name, value in {
+            "CUDA_R_32F": cublaslt.R_32F, "CUDA_R_64F": cublaslt.R_64F, "CUBLAS_OP_T": cublaslt.OP_T,
+            "CUBLAS_COMPUTE_32F": cublaslt.COMPUTE_32F, "CUBLAS_COMPUTE_64F": cublaslt.COMPUTE_64F,
+            "CUBLAS_COMPUTE_32F_FAST_TF32": cublaslt.COMPUTE_32F_FAST_TF32,
+            "CUBLASLT_MATMUL_DESC_TRANSA": cublaslt.TRANSA, "CUBLASLT_MATMUL_DESC_TRANSB": cublaslt.TRANSB,
+            "CUBLASLT_MATMUL_DESC_EPILOGUE": cublaslt.EPILOGUE,
+            "CUBLASLT_MATMUL_DESC_BIAS_POINTER": cublaslt.BIAS_POINTER,
+            "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER": cublaslt.AUX_POINTER,
+            "CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD": cublaslt.AUX_LD,
+            "CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES": cublaslt.MAX_WORKSPACE_BYTES,
+            "CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK": cublaslt.REDUCTION_SCHEMES,
+            "CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE": cublaslt.APART & 3,
+            "CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE": cublaslt.APART & 4,
+            "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES": cublaslt.MIN_ALIGNMENT[0],
+            "CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES": cublaslt.MIN_ALIGNMENT[3],
+            "CUBLASLT_EPILOGUE_DEFAULT": cublaslt.DEFAULT, "CUBLASLT_EPILOGUE_BIAS": cublaslt.BIAS,
+            "CUBLASLT_EPILOGUE_RELU_BIAS": cublaslt.RELU_BIAS,
+            "CUBLASLT_EPILOGUE_RELU_AUX_BIAS": cublaslt.RELU_AUX_BIAS,
+            "CUBLASLT_EPILOGUE_DRELU_BGRAD": cublaslt.DRELU_BGRAD, "CUBLASLT_EPILOGUE_BGRADA": cublaslt.BGRADA,
+        }.items():  # fmt: skip
+            assert number(name) == value, name

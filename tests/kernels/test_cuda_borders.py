@@ -57,6 +57,13 @@ def test_an_order_that_is_no_permutation_is_refused(wrong: list[int]) -> None:
             mistake()
     with pytest.raises(ValueError, match="order"):
         device.backend.split(x0, x1, x, device.put(np.arange(3)))
+    y0, y1, right = device.out(2, 2), device.out(2, 1), device.put(np.arange(3), "int64")
+    with pytest.raises(ValueError, match="order must be a permutation"):
+        device.backend.permute(y0, y1, x0, x1, order)
+    wrong_halves = ((y1, y0, x1, x0), (y0, y1, x0, x0), (y0, y0, x0, x1), (y0, device.out(3, 1), x0, x1))
+    for halves in wrong_halves:
+        with pytest.raises(ValueError, match="expected float64 of shape"):
+            device.backend.permute(*halves, right)
 
 
 def test_orders_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_nvcc_compiles_without_spilling(unit: str, architecture: int, tmp_path: 
     assert {number for found in spills for number in found} == {"0"}, done.stderr
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
     assert len(registers) == len(cuda_source.kernels(unit))
-    assert max(registers) <= MOST_REGISTERS[unit[-3:]]
+    assert max(registers) <= (128 if unit.startswith("spline") else MOST_REGISTERS[unit[-3:]])
 
 
 @pytest.mark.slow

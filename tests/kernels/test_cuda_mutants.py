@@ -45,6 +45,10 @@ scored = partial(checks.check_scale_prior_forward, dtype="float64", n=33, prior=
 slope = partial(checks.check_scale_prior_backward, dtype="float64", n=33, d=33, prior="logistic", aliased=False)
 factor = partial(checks.check_factor_forward, dtype="float64", n=33, k=1025, law="affine", sign=-1)
 factor_back = partial(checks.check_factor_backward, dtype="float64", n=33, k=31, law="affine")
+spline = partial(checks.check_spline_forward, dtype="float64", n=33, k=5, sign=1)
+spline_inverse = partial(checks.check_spline_forward, dtype="float64", n=33, k=40, sign=-1, first=False)
+spline_back = partial(checks.check_spline_backward, dtype="float64", n=33, k=5)
+splines_out = partial(test_contract.test_splines_far_out, dtype="float64")
 
 # unit, what is replaced, by what, and the gates of which at least one must fail in one of the schedules
 MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
@@ -85,6 +89,26 @@ MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
     "factor gradient without log-det": ("coupling", "through * x[t] + dlog_det[at.row]", "through * x[t]",
         [factor_back]),
     "factor gradient without 1 - tanh^2": ("coupling", "* (1.0 - part * part)", "", [factor_back]),
+    "bins without their least size": ("spline", "start + SMALLEST + share(shares, b)", "start + share(shares, b)",
+        [spline]),
+    "softmax that overflows": ("spline", "top = other > top ? other : top;", "top = 0.0;", [splines_out]),
+    "the bin before": ("spline", "value >= start : b <= at", "value > start + 0.1 : b <= at", [spline]),
+    "inner slopes one knot late": ("spline", "slopes[static_cast<int64>(at - 1) * k]",
+        "slopes[static_cast<int64>(at) * k]", [spline]),
+    "an end with a slope": ("spline", "at < SPLINE_BINS - 1 ? slopes[static_cast<int64>(at) * k] : real(0)",
+        "slopes[static_cast<int64>(at < SPLINE_BINS - 1 ? at : at - 1) * k]", [spline]),
+    "slopes without a bound": ("spline", "(u > SPLINE_STEEP ? SPLINE_STEEP : u)", "u", [splines_out]),
+    "no tails": ("spline", "if (!(fabs(value) < SPLINE_BOUND)) {  // NaN, too", "if (value != value) {", [spline]),
+    "the other root": ("spline", "linear + sqrt(under", "linear - sqrt(under", [spline_inverse]),
+    "spline's log-det without its sign": ("spline", "total = sign * row_sum(total)", "total = row_sum(total)",
+        [spline_inverse]),
+    "spline's log-det begun anew": ("spline", "first ? total : log_det[i] + total", "total", [spline_inverse]),
+    "spline's gradient outside": ("spline", "d[static_cast<int64>(p) * k] = real(0);", "{}", [spline_back]),
+    "spline's gradient without log-det": ("spline", "up_log = dlog_det[where.row]", "up_log = 0.0", [spline_back]),
+    "starts that do not move": ("spline", "b < at ? by_start", "b < at ? 0.0", [spline_back]),
+    "softmax's gradient without its mean": ("spline", "(gradient - total)", "gradient", [spline_back]),
+    "slopes' gradients exchanged": ("spline", "j == bin.at ? by_right", "j == bin.at ? by_left", [spline_back]),
+    "slopes' gradients without softplus": ("spline", "up * (a < 0.0 ? e : 1.0) / (1.0 + e)", "up", [spline_back]),
     "scaling without its log-det": ("scaling", "score.log_det += log_scale;", "", [partial(scored, d=33)]),
     "density without its factor 2": ("scaling", "- 2.0 * log(score.product)", "- log(score.product)",
         [partial(scored, d=33)]),
@@ -137,6 +161,13 @@ MUTANTS: dict[str, tuple[str, str, str, list[Gate]]] = {
         [partial(checks.check_copy_columns, dtype="float64", n=33, widths=(7, 5), starts=(2, 1), count=4)]),
     "join where split was": ("borders", "x[at.row * d + order[at.column]] = first", "x[at.row * d + at.column] = first",
         [partial(checks.check_split_join, dtype="float64", n=33, d=31)]),
+    "halves permuted within themselves": ("borders", "from < d0 ? x0[at.row * d0 + from]",
+        "at.column < d0 ? x0[at.row * d0 + from % d0]", [partial(checks.check_permute, dtype="float64", n=33, d=31)]),
+    "the second half from the wrong place": ("borders", "x1[at.row * (d - d0) + from - d0]",
+        "x1[at.row * d0 + from - d0]", [partial(checks.check_permute, dtype="float64", n=33, d=31)]),
+    "a permutation the other way": ("borders", "const int64 from = index[at.column];",
+        "int64 from = 0;\n        while (index[from] != at.column) ++from;",
+        [partial(checks.check_permute, dtype="float64", n=33, d=31)]),
     "uniforms with a bit too many": ("random", "half_word(words, c) * 0x1p-16", "(half_word(words, c) | 1) * 0x1p-16",
         [partial(test_philox.test_uniform_bits_are_exact, dtype="float64", n=31, k=33)]),
     "normals of half the angle": ("random", "sincospi(2.0 * v,", "sincospi(v,",

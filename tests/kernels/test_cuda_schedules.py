@@ -26,6 +26,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sums_over_rows_and_columns(mixed: CudaBackend, dtype: str, n: int, k: int) -> None:
     checks.check_dense_backward(mixed, dtype, n, 3, k, True, (True, True, True))
     checks.check_factor_forward(mixed, dtype, n, k, "affine", -1, first=False)
+    checks.check_spline_forward(mixed, dtype, n, k, 1, first=False)
     for prior in ("gaussian", "logistic"):
         checks.check_scale_prior_forward(mixed, dtype, n, k + 1, prior, False)
         checks.check_scale_prior_backward(mixed, dtype, n, k + 1, prior, True)

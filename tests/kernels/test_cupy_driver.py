@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nicecp.errors import DeviceError, DeviceMemoryError
-from nicecp.kernels import cublaslt, cuda_pinned, cuda_source
+from nicecp.kernels import cublaslt, cuda_pinned
 from nicecp.kernels.cuda_cupy import CupyDriver
 from nicecp.kernels.cuda_driver import Bias, BiasGradient, Driver, MaskedBiasGradient, ReluBias
-from tests.kernels.fake_cupy import CUDARuntimeError, FakeCupy
-from tests.kernels.fake_lt import FakeLt
-
-SCALE = "scale"  # a kernel of these tests: array *= number
-
-
-class Setup:
-    """A driver on the stand-ins."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tf32: bool = False, **lt: Any) -> None:
-        self.cupy, self.lt = FakeCupy(), FakeLt(**lt)
-        self.lt.run = lambda stream, work: self.cupy.streams[stream].put("product", work)
-        self.cupy.run_kernel = self._kernel
-        monkeypatch.setattr(cuda_source, "unit_of", lambda name: "unit")
-        monkeypatch.setattr(cuda_source, "text", lambda unit: f"text of {unit}")
-        self.driver = CupyDriver(self.cupy, cublaslt.Products(self.lt, tf32), "tf32" if tf32 else "float32")
-
-    @staticmethod
-    def _kernel(name: str, grid: Any, block: Any, arguments: Any) -> None:
-        array, number = arguments
-        array.host[...] *= number
-
-    def put(self, host: Any) -> Any:
-        host = np.ascontiguousarray(host)
-        array = self.driver.alloc(host.shape, host.dtype)
-        self.driver.to_device(array, host)
-        return array
-
-    def scale(self, array: Any, number: float) -> None:
-        self.driver.kernel(SCALE)((1,), (32,), (array, np.float64(number)))
-
-    def names(self, start: int = 0) -> list[Any]:
-        return [call if call[0] in ("wait", "record") else call[:2] for call in self.cupy.calls[start:]]
+from tests.kernels.driver_setup import Setup
+from tests.kernels.fake_cupy import CUDARuntimeError
 
 
 @pytest.fixture
@@ -261,106 +229,3 @@ def test_tf32_is_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     setup.driver.gemm(setup.put(x.host), x, x)
     assert setup.lt.calls[-1][1]["compute"] == cublaslt.COMPUTE_32F_FAST_TF32
     assert setup.driver.precision == "tf32"
-
-
-# --- order and capture ------------------------------------------------------------------------------------------------
-
-
-def test_a_side_block_runs_behind_what_came_before_and_beside_what_follows(setup: Setup) -> None:
-    array, other = setup.put(np.full(2, 1.0)), setup.put(np.full(2, 1.0))
-    setup.scale(array, 1)  # compiled
-    start = len(setup.cupy.calls)
-    setup.scale(array, 2)
-    with setup.driver.side() as token:
-        setup.scale(array, 3)
-        with pytest.raises(RuntimeError, match="not nested"), setup.driver.side():
-            pass
-        with pytest.raises(RuntimeError, match="one after the other"):
-            setup.driver.wait(token)
-    setup.scale(other, 5)
-    setup.driver.wait(token)
-    setup.scale(array, 7)
-    assert setup.names(start) == [
-        ("kernel scale", "main"),
-        ("record", "main"),
-        ("wait", "side", "main"),
-        ("kernel scale", "side"),
-        ("record", "side"),
-        ("kernel scale", "main"),
-        ("wait", "main", "side"),
-        ("kernel scale", "main"),
-    ]
-    assert setup.driver.to_host(array).tolist() == [42.0] * 2
-    assert setup.names()[-1][0] != "wait", "what was waited for is not waited for again"
-
-
-def step_of(setup: Setup, array: Any, product: Any, x: Any) -> Any:
-    def step() -> None:
-        setup.scale(array, 2)
-        with setup.driver.side():
-            setup.driver.gemm(product, x, x)
-        setup.scale(array, 3)
-
-    return step
-
-
-def test_a_captured_step_is_carried_out_only_when_replayed(setup: Setup) -> None:
-    array, x, product = setup.put(np.full(2, 1.0)), setup.put(np.eye(2) * 2), setup.put(np.zeros((2, 2)))
-    setup.scale(array, 1)
-    assert setup.driver.prepare(product, x, x)
-    start = len(setup.cupy.calls)
-    replay = setup.driver.capture(step_of(setup, array, product, x))
-    names = setup.names(start)
-    assert names[0] == ("begin_capture", "main")
-    assert names[-3:] == [("wait", "main", "side"), ("end_capture", "main"), ("upload graph", "main")]
-    assert setup.driver.to_host(array).tolist() == [1.0] * 2
-    assert not setup.driver.to_host(product).any()
-    for count in (1, 2):
-        replay()
-        setup.driver.synchronize()
-        assert setup.driver.to_host(array).tolist() == [6.0**count] * 2
-    assert np.array_equal(setup.driver.to_host(product), np.eye(2) * 4)
-    start = len(setup.cupy.calls)
-    with setup.driver.side():
-        setup.scale(array, 1)
-    replay()
-    assert setup.names(start)[-2:] == [("wait", "main", "side"), ("launch graph", "main")]
-
-
-def test_what_would_break_a_capture_is_refused(setup: Setup) -> None:
-    x, out = setup.put(np.eye(2)), setup.put(np.zeros((2, 2)))
-    for step, message in (
-        (lambda: setup.driver.alloc(3, np.float32), "memory was asked for while a step is captured"),
-        (lambda: setup.driver.prepare(out, x, x), "was not made ready"),
-        (lambda: setup.driver.arithmetic().__enter__(), "is not captured"),
-        (lambda: setup.driver.capture(lambda: None), "being captured already"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            setup.driver.capture(step)
-        assert setup.cupy.capturing is None
-    setup.driver.gemm(out, x, x)  # the driver is as it was before
-    assert np.array_equal(setup.driver.to_host(out), np.eye(2))
-
-
-def test_a_step_that_fails_in_a_side_block_leaves_the_driver_usable(setup: Setup) -> None:
-    array = setup.put(np.full(2, 1.0))
-
-    def step() -> None:
-        with setup.driver.side():
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        setup.driver.capture(step)
-    with setup.driver.side():
-        setup.scale(array, 4)
-    assert setup.driver.to_host(array).tolist() == [4.0] * 2
-
-
-def test_a_graph_that_cannot_be_made_is_a_device_error(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
-        raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
-
-    monkeypatch.setattr("tests.kernels.fake_cupy.Stream.end_capture", fail)
-    with pytest.raises(DeviceMemoryError, match="--batch-size"):
-        setup.driver.capture(lambda: None)
-    assert SimpleNamespace(**vars(setup.driver))._capturing is False

@@ -64,6 +64,7 @@ KERNEL_GATES: list[tuple[str, tuple[int, ...], Callable[[Any], None]]] = [  # op
     ("load_batch", (0, 1, 2), partial(load, padding=False)),
     ("split", (0, 1), lambda b: checks.check_split_join(b, "float64", 33, 7, "random")),
     ("join", (0,), lambda b: checks.check_split_join(b, "float64", 33, 7)),
+    ("permute", (0, 1), lambda b: checks.check_permute(b, "float32", 33, 7)),
     ("logit_forward", (0, 1), lambda b: checks.check_logit(b, "float32", 33, 7, 0.05)),
     ("gather", (0,), lambda b: checks.check_gather(b, "float32", "float64", 33, 3, padding=False)),
     ("copy_columns", (0,), lambda b: checks.check_copy_columns(b, "float32", 33, (7, 5), (2, 0), 5)),
@@ -73,6 +74,8 @@ KERNEL_GATES: list[tuple[str, tuple[int, ...], Callable[[Any], None]]] = [  # op
     ("couple", (0,), lambda b: checks.check_couple(b, "float32", 33, 7, -1, True)),
     ("factor_forward", (0, 1), lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", 1)),
     ("factor_backward", (0, 1), lambda b: checks.check_factor_backward(b, "float32", 33, 7, "affine")),
+    ("spline_forward", (0, 1), lambda b: checks.check_spline_forward(b, "float32", 33, 7, 1)),
+    ("spline_backward", (0, 1), lambda b: checks.check_spline_backward(b, "float32", 33, 7)),
     ("accumulate", (0,), lambda b: test_contract.test_accumulate(b)),
     ("scale_prior_forward", (0, 1, 2),
         lambda b: checks.check_scale_prior_forward(b, "float32", 33, 7, "logistic", True)),
@@ -162,6 +165,11 @@ def without_shift(original: Change, y: Any, log_det: Any, x: Any, m: Any, affine
     original(y, log_det, x, m, affine, *args)
 
 
+def without_slopes(original: Change, dx: Any, dm: Any, *args: Any) -> None:
+    original(dx, dm, *args)
+    dm[:, 16 * dx.shape[1] :] = 0
+
+
 def never_skips(original: Change, state: Any, *args: Any) -> None:
     original(state, *args)
     state[Slot.SKIP] = 0
@@ -211,6 +219,10 @@ SUBTLE: dict[str, tuple[str, Change, Callable[[Any], None]]] = {
         lambda b: checks.check_split_join(b, "float64", 33, 7, "random")),
     "the order's inverse in joining": ("join", with_argument(3, np.argsort),
         lambda b: checks.check_split_join(b, "float64", 33, 7, "random")),
+    "a permutation's inverse": ("permute", with_argument(4, np.argsort),
+        lambda b: checks.check_permute(b, "float64", 33, 7)),
+    "a permutation that leaves all as it is": ("permute", with_argument(4, np.sort),
+        lambda b: checks.check_permute(b, "float64", 33, 7)),
     "logit without its margin": ("logit_forward", with_argument(5, lambda margin: 0.0),
         lambda b: checks.check_logit(b, "float32", 33, 7, 0.05)),
     "logit without its range": ("logit_forward", with_argument(4, np.ones_like),
@@ -245,6 +257,14 @@ SUBTLE: dict[str, tuple[str, Change, Callable[[Any], None]]] = {
         lambda b: checks.check_factor_forward(b, "float32", 33, 7, "affine", 1, first=False)),
     "log-det of factors without a gradient": ("factor_backward", with_argument(3, np.zeros_like),
         lambda b: checks.check_factor_backward(b, "float32", 33, 7, "multiplicative")),
+    "the inverse of a spline does not invert": ("spline_forward", with_argument(4, lambda sign: 1),
+        lambda b: checks.check_spline_forward(b, "float32", 33, 7, -1)),
+    "log-det of splines begun anew": ("spline_forward", with_argument(5, lambda first: True),
+        lambda b: checks.check_spline_forward(b, "float32", 33, 7, 1, first=False)),
+    "log-det of splines without a gradient": ("spline_backward", with_argument(3, np.zeros_like),
+        lambda b: checks.check_spline_backward(b, "float32", 33, 7)),
+    "slopes of splines without a gradient": ("spline_backward", without_slopes,
+        lambda b: checks.check_spline_backward(b, "float32", 33, 7)),
     "logistic density that overflows": ("scale_prior_forward", naive_logistic,
         lambda b: test_contract.test_log_density_far_out(b, "float32", "logistic")),
     "no log-det": ("scale_prior_forward", without_log_det,

@@ -48,10 +48,13 @@ def test_borders_in_parts_agree_with_the_oracle(slicing: NumbaBackend, dtype: st
     checks.check_logit(slicing, dtype, n, d, 0.01, first=False)
     checks.check_load_batch(slicing, dtype, np.uint8, n, d, partition="random")
     checks.check_load_batch(slicing, dtype, np.float64, n, d, partition="random")
+    checks.check_permute(slicing, dtype, n, d)
     checks.check_couple(slicing, dtype, n, d, -1, True)
     for law in ("multiplicative", "affine"):
         checks.check_factor_forward(slicing, dtype, n, d, law, -1)
         checks.check_factor_backward(slicing, dtype, n, d, law, aliased=True)
+    checks.check_spline_forward(slicing, dtype, n, d, -1, first=False)
+    checks.check_spline_backward(slicing, dtype, n, d, aliased=True)
     for prior in ("gaussian", "logistic"):
         checks.check_scale_prior_forward(slicing, dtype, n, d, prior, True)
         checks.check_scale_prior_backward(slicing, dtype, n, d, prior, True)
@@ -160,6 +163,27 @@ def test_arrays_that_compiled_code_would_misread_are_refused() -> None:
     for order in (np.arange(5), np.arange(1, 7), np.zeros(6, np.int64), np.arange(6.0)):
         with pytest.raises(ValueError, match=r"order must be a permutation of 0..5 as int64"):
             backend.split(*halves, x, order)
+        with pytest.raises(ValueError, match=r"order must be a permutation|columns cannot go from"):
+            backend.permute(np.zeros((4, 3)), np.zeros((4, 3)), *halves, order)
+    for wrong in ((np.zeros((4, 2)), np.zeros((4, 4))), (np.zeros((3, 3)), np.zeros((4, 3)))):
+        with pytest.raises(ValueError, match=r"6 columns cannot go from \(4, 3\) and \(4, 3\) to"):
+            backend.permute(*wrong, *halves, np.arange(6))
+        with pytest.raises(ValueError, match=r"6 columns cannot go from"):
+            backend.permute(*halves, *wrong, np.arange(6))
+
+
+def test_calls_of_a_permutation_wait_for_each_other() -> None:
+    """What it reads and writes is declared: between calls that share halves there is a barrier, else none."""
+    backend, index = NumbaBackend(2), np.array([3, 1, 0, 2])
+    a, b, c = ((np.zeros((5, 2)), np.zeros((5, 2))) for _ in range(3))
+
+    def recorded(*calls: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]) -> int:
+        tape = backend.write_down(lambda: [backend.permute(*y, *x, index) for y, x in calls] and None)
+        return int((tape.finish()[:, Field.OP] == Op.BARRIER).sum())
+
+    assert recorded((b, a), (c, a)) == 0, "two readers"
+    assert recorded((b, a), (c, b)) == recorded((b, a), (a, c)) == recorded((b, a), (b, c)) == 1
+    assert recorded(((b[0], c[1]), a), (c, (a[0], b[1]))) == 1, "the second halves alone"
 
 
 def test_what_cannot_be_recorded_is_refused() -> None:

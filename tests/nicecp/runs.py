@@ -62,7 +62,7 @@ def model_bytes(path: str | os.PathLike[str]) -> dict[str, bytes]:
     return found
 
 
-def train(data: str, out: Path, callbacks: list[Callback] | None = None, **given: Any) -> Any:
+def train(data: Any, out: Path, callbacks: list[Callback] | None = None, **given: Any) -> Any:
     with Run.start(data, out, **{**SMALL, "epochs": 3, **given}) as run:
         return run.execute(callbacks or [])
 

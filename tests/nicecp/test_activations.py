@@ -27,6 +27,7 @@ LAWS = {
     "additive": ("additive",),
     "multiplicative": ("multiplicative",),
     "affine": ("affine",),
+    "spline": ("spline",),
     "all": ("additive", "affine", "multiplicative"),
 }
 ROWS = 6

@@ -31,7 +31,8 @@ SCALE = Context(np.array([2.0, -1.0]), np.array([0.5, 3.0]), ("mass", "spin"))
 SHAPES: dict[str, tuple[Any, ...]] = {
     "d3-additive": (3, [(4,), (), (4, 3)], 0, ("additive",)),
     "d5-all-laws": (5, [(4,), (), (3, 4), (4,)], 1, ("affine", "multiplicative", "additive")),
-    "d4-permuted": (4, [(4,)] * 3, 0, ("affine", "additive"), (2, 0, 3, 1)),
+    "d3-spline": (3, [(4,), (), (3,)], 1, ("spline", "additive")),
+    "d4-permuted": (4, [(4,)] * 3, 0, ("affine", "additive"), (2, 0, 3, 1), {1: (0, 1, 2, 3), 2: (3, 0, 2, 1)}),
 }
 EACH_SHAPE = pytest.mark.parametrize("shape", list(SHAPES))
 

@@ -12,9 +12,11 @@ import pytest
 
 from nicecp import AdaM, fit
 from nicecp.checkpoint import load_run
-from nicecp.data import DataSpec
+from nicecp.data import DataSpec, open_splits
 from nicecp.errors import DataError
 from nicecp.flow import NICE
+from nicecp.plan import cost_of_run
+from nicecp.presets import resolve
 from tests.gates import F64
 from tests.nicecp.runs import StopAt, go_on, model_bytes, train
 
@@ -120,6 +122,14 @@ def test_data_with_another_context_are_refused(tmp_path: Path) -> None:
         fit(flow, str(path), context="v,u", epochs=1)
     fit(flow, str(path), context="u,v", epochs=1)
     assert flow.names == ("x", "y", "z")
+
+
+def test_contexts_and_weights_count_among_the_data_in_memory() -> None:
+    """Here and on the device, 8 bytes for a number: the plan of a dry run, and limits on memory, need to know."""
+    x, settings = np.zeros((600, 4)), resolve("x.h5", False, 1000)
+    with open_splits(x) as plain, open_splits(DataSpec(x, np.ones((600, 2)), np.ones(600))) as whole:
+        costs = [cost_of_run(settings, splits).data_bytes for splits in (plain, whole)]
+    assert costs == [600 * 4 * 8, 600 * 4 * 8 + 2 * 600 * 8 * 3]
 
 
 def test_the_code_in_the_documentation() -> None:

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 
 from nicecp.data import open_splits
+from nicecp.data_spec import DataSpec
 from nicecp.errors import DataError
-from tests.corpus.data import ACCEPTED, CASES
+from tests.corpus import compounds, data
+from tests.corpus.data import ACCEPTED
+
+CASES = data.CASES | compounds.CASES
 
 SECONDS = 5.0
 MEGABYTES = 1000
@@ -40,6 +44,8 @@ def test_data(tmp_path: Path, name: str) -> None:
                     first = split.source.read(0, split.source.n_rows)
                     assert np.isfinite(first).all()
                     np.testing.assert_array_equal(first, split.source.read(0, split.source.n_rows))
+                    if isinstance(spec, DataSpec):
+                        np.testing.assert_array_equal(first, compounds.NUMBERS)
     except DataError as error:
         message = str(error)
     assert time.monotonic() - began < SECONDS
@@ -57,11 +63,14 @@ def test_data_by_the_command_line(tmp_path: Path, name: str) -> None:
     """In a process of its own, whose time and memory are the system's numbers."""
     make, words = CASES[name]
     spec = make(tmp_path)
-    if "\0" in spec:
+    if isinstance(spec, str) and "\0" in spec:
         pytest.skip("no argument of a command holds a zero byte")
+    arguments = ["info", spec]
+    if isinstance(spec, DataSpec):
+        arguments = ["train", "--dry-run", "--data", spec.data, "--columns", spec.columns]
     began = time.monotonic()
     with open(tmp_path / "err", "w+") as err:
-        child = subprocess.Popen([sys.executable, "-m", "nicecp", "info", spec], stdout=err, stderr=err)
+        child = subprocess.Popen([sys.executable, "-m", "nicecp", *arguments], stdout=err, stderr=err)
         with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)

@@ -68,6 +68,7 @@ def assert_same(one: Trainer, other: Trainer, tolerance: float) -> None:
         ("multiplicative", BYTES, RMSPROP, {"late": True}),
         ("affine", BYTES, ADAM, {**LATE, "epilogues": "all"}),
         ("affine", FLOATS, RMSPROP, {"schedule": 1}),
+        ("spline", FLOATS, ADAM, {"schedule": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -96,20 +97,22 @@ def test_fifty_steps_in_single_precision(law: str, data: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "activations", "partition", "options"),
     [
-        (BYTES, "store", "halves", {"logit": 0.05}),
-        (BYTES, "recompute", list(np.random.default_rng(4).permutation(9)), {}),
-        (FLOATS, "halves", "odd-even", {"whiten": "zca"}),
+        (BYTES, "store", ("halves", {1: tuple(np.random.default_rng(5).permutation(9))}), {"logit": 0.05}),
+        (BYTES, "recompute", (list(np.random.default_rng(4).permutation(9)), {2: tuple(range(9))}), {}),
+        (FLOATS, "halves", ("odd-even",), {"whiten": "zca"}),
     ],
     ids=["logit", "recompute", "whitened"],
 )
 def test_fits_of_all_kinds_are_those_of_the_cpu(
     data: Any, activations: str, partition: Any, options: Any, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Context, weights of rows, partitions, steps that mix columns, activations computed anew; with validation."""
+    """Context, weights of rows, changing partitions, steps that mix columns, activations computed anew; validation."""
     monkeypatch.setattr(train_module, "UPDATE_BY_LAYER", 0)
     rng = np.random.default_rng(6)
     beside = {"context": rng.normal(size=(len(data), 2)), "sample_weight": rng.uniform(0.5, 2, len(data))}
-    spec = gates.make_spec(data.shape[1], [(12, 8), (), (12,)], laws=("affine", "additive"), partition=partition)
+    spec = gates.make_spec(
+        data.shape[1], [(12, 8), (), (12,)], "logistic", "float64", 0, ("affine", "additive"), *partition
+    )
     spec, results = replace(spec, n_context=2), []
     for backend in (CudaBackend(EmulatedDriver(late=late, epilogues="all")), NumbaBackend(1)):
         flow = NICE.from_spec(spec, seed=5, init="he", backend=backend)

@@ -76,6 +76,22 @@ def test_a_resumed_run_keeps_its_schedule(tmp_path: Path) -> None:
     assert all(np.array_equal(ways[0][key], ways[1][key]) for key in ways[0])
 
 
+@pytest.mark.parametrize(("stop", "epochs"), [(0, 3), (7, 3), (0, 8), (1, 8)])
+def test_a_run_that_is_given_more_epochs_follows_their_schedule(tmp_path: Path, stop: int, epochs: int) -> None:
+    """A run of three, finished or stopped in the first or second epoch: from there on the rates are those of eight."""
+    more: dict[str, Any] = {"epochs": 3, "hidden": (8,), "batch_size": 50, "threads": 1, "numbers": {"rate": 1e-3}}
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        f["train"] = X
+    with Run.start(str(tmp_path / "x.h5"), tmp_path / "run.h5", schedule="cosine", **more) as run:
+        run.execute([StopAfter(stop)])
+        done = run.trainer.record.epoch
+    with Run.resume(tmp_path / "run.h5", epochs=epochs) as run:
+        run.execute()
+        rates = [row.learning_rate for row in run.trainer.record.history]
+    expected = [rate_factor("cosine", epoch, 3 if epoch <= done else epochs) for epoch in range(1, epochs + 1)]
+    assert rates == pytest.approx([1e-3 * factor for factor in expected])
+
+
 @pytest.mark.parametrize(("more", "words"), [({"schedule": "linear"}, "schedule"), ({"weight_decay": -1.0}, "decay")])
 def test_settings_out_of_bounds(more: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -16,7 +16,7 @@ from scipy import stats
 
 from nicecp import NICE, fit, load
 from nicecp.errors import CheckpointError, DataError
-from nicecp.preprocessing import Dequantize, Standardize
+from nicecp.preprocessing import Dequantize, MarginLogit, Standardize
 from nicecp.records import DataInfo
 from nicecp.transforms import Angle, Log, Logit, Quantile
 from tests import gates
@@ -116,6 +116,8 @@ def test_bounds_are_those_of_the_columns() -> None:
     np.testing.assert_allclose(make(preprocessing=(angle,)).bounds, [*infinite[:3], (-1.0, 23.0)])
     knots = Quantile(two, np.array([2, 2]), *[np.array([0.0, 1, 0, 1])] * 2, np.ones(4), np.ones((2, 2)))
     np.testing.assert_array_equal(make(preprocessing=(knots,)).bounds, infinite)
+    margin = MarginLogit(np.zeros(D), np.full(D, 9.0), 0.05)
+    np.testing.assert_allclose(make(preprocessing=(margin, *gates.standardize(D))).bounds, [(-0.5, 9.5)] * D)
     for outside in (1.0, 0.9, -np.inf):
         assert make(preprocessing=(log,)).log_prob(np.array([outside, 0, 0, 0])) == -np.inf
     mixed = make(preprocessing=(zca(D), log)).bounds  # a half-space that no box describes

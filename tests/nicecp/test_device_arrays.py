@@ -21,6 +21,7 @@ from nicecp.train import TrainConfig, Trainer
 from tests import gates
 from tests.emulated import build
 from tests.kernels.fake_arrays import FakeArray
+from tests.kernels.fake_order import Access
 from tests.kernels.stand_in import stand_in
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="g++ is not installed")
@@ -58,8 +59,8 @@ def put(device: Any, host: Any) -> FakeArray:
     """An array of the user's, filled by his stream: not a moment before it is looked at."""
     cupy = device.driver.cupy
     array: FakeArray = cupy.zeros(np.shape(host), np.asarray(host).dtype)
-    values = np.array(host)
-    cupy.launch("fill", lambda: np.copyto(array.host, values))
+    values, there = np.array(host), array.host
+    cupy.launch("fill", lambda: np.copyto(there, values), Access(set(), cupy.spans_of([array])))
     return array
 
 

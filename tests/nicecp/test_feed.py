@@ -109,6 +109,21 @@ def test_an_epoch_that_is_left_early_leaves_nothing_behind(device: Any) -> None:
     assert counts == [1] * 5
 
 
+def test_memory_is_given_back_after_the_copies_into_it(device: Any) -> None:
+    """On both sides: the next block is on its way when the epoch is left."""
+    feed = Feed(device, reader(), 2 * BATCH * ROW)
+    epoch = feed.epoch(1)
+    next(epoch)
+    calls = device.driver.cupy.calls
+    assert calls[-4:].count(("record", "copy")) > 0, "a copy was launched last"
+    start = len(calls)
+    epoch.close()
+    assert ("wait", "main", "copy") in calls[start:]
+    assert ("event.synchronize", "copy") in calls[start:]
+    del feed
+    device.copy_out(device.alloc(3, np.float64))  # a Race, if what was given back were still being written
+
+
 def own_of(entries: NDArray[Any], own: range) -> NDArray[Any]:
     """Of entries of whole batches those of a rank's rows."""
     batches = entries.reshape(-1, BATCH, *entries.shape[1:])[:, own.start : own.stop]

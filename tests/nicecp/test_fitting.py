@@ -89,6 +89,16 @@ def test_preprocessing_is_chosen_by_the_data() -> None:
     assert plain.preprocessing == ()
 
 
+@pytest.mark.parametrize(
+    ("data", "given", "says"),
+    [(IMAGES, {"standardize": False}, "standardize out"), (TABLE, {"value_range": (-1.0, 1.0)}, "value_range out")],
+)
+def test_arguments_that_would_have_no_effect_are_refused(data: np.ndarray, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit(small(), data, **QUICK, **given)
+    fit(small(), TABLE, logit=0.1, value_range=(-99.0, 99.0), **QUICK)
+
+
 def test_a_flow_keeps_preprocessing_of_its_own() -> None:
     own = Standardize(np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0]))
     flow = small(preprocessing=(own,))

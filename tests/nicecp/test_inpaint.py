@@ -13,7 +13,7 @@ from nicecp.flow import NICE
 from nicecp.inpaint import inpaint
 from nicecp.kernels.backend import Purpose
 from nicecp.masks import MASKS, named_mask
-from nicecp.preprocessing import Dequantize
+from nicecp.preprocessing import Dequantize, MarginLogit
 from nicecp.records import DataInfo
 
 SHAPE = (6, 4)
@@ -194,6 +194,14 @@ def test_floats_need_a_box() -> None:
     flow = flow_of(steps=False)
     with pytest.raises(ValueError, match=r"--box"):
         inpaint(flow, images(2), TOP, 1)
+    logit = NICE(24, (8,), 3, preprocessing=[MarginLogit(np.zeros(24), np.ones(24), 0.05)], seed=1)
+    result = inpaint(logit, images(2), TOP, 50, gradient_scale=30.0).result  # its range is the box
+    assert (result.min(), result.max()) == (0.0, 1.0)
+    narrow = inpaint(logit, images(2, 0.2, 0.7), TOP, 50, box=(0.2, 0.7), gradient_scale=30.0).result
+    assert (narrow.min(), narrow.max()) == (0.2, 0.7)
+    open_ended = NICE(24, (8,), 3, preprocessing=[MarginLogit(np.zeros(24), np.ones(24))])
+    with pytest.raises(ValueError, match=r"--box"):
+        inpaint(open_ended, images(2), TOP, 1)
     for box in ((1.0, 0.0), (0.0, np.inf)):
         with pytest.raises(ValueError, match="low < high"):
             inpaint(flow, images(2), TOP, 1, box=box)

@@ -107,7 +107,7 @@ def test_rows_without_a_logit_are_named(tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=r"a\.h5:/valid': row 5, column .* is 1\.5, of which the step 'margin-logit'"
         ):
-            check_representable(splits, (step,), np.float64)
+            check_representable(splits, (step,), np.float64, 0)
     flow = NICE(3, (4,), 3)
     with pytest.raises(DataError, match=r"column .* spans .*, which is not within the logit's range 0 to 0\.5;"):
         fit(flow, tmp_path / "a.h5", epochs=1, logit=0.05, value_range=(0, 0.5))

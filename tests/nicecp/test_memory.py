@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import pytest
 
 from nicecp.cli.options import byte_size
 from nicecp.evaluate import BATCH, READ_ROWS
+from nicecp.flow import NICE
 from nicecp.memory import RESERVE, Rows, resident_bytes, rows_within
 from nicecp.plan import Cost
 from nicecp.run import Run
+from nicecp.score_file import score_file
 from nicecp.scoring import score
 from nicecp.split import BLOCK, SHUFFLE_WINDOW
+from tests.nicecp.crews import Member, together
 from tests.nicecp.runs import SMALL, model_bytes, train, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +46,16 @@ def test_more_memory_is_more_rows() -> None:
         assert 100 * MIB + RESERVE + kept < limit
         before = rows
     assert before == Rows(SHUFFLE_WINDOW, READ_ROWS)
+
+
+def test_page_locked_memory_leaves_fewer_rows() -> None:
+    """And the message about a limit that is too small says what lowers it."""
+    pinned = replace(COST, pinned_bytes=300 * MIB)
+    rows = [rows_within(1000 * MIB, 100 * MIB, cost, 200, 4096) for cost in (COST, pinned)]
+    assert rows[0] == rows_within(1300 * MIB, 100 * MIB, pinned, 200, 4096)
+    assert rows[1].window < rows[0].window
+    with pytest.raises(ValueError, match=r"of 200 rows and 300.0 MiB of page-locked memory \(--device-memory-limit\)"):
+        rows_within(400 * MIB, 100 * MIB, pinned, 200, 4096)
 
 
 @pytest.mark.parametrize("batch", [10, 5000])
@@ -221,3 +235,28 @@ def test_too_small_a_limit_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("nicecp: error: --memory-limit must be at least ")
     assert done.stderr.endswith("for this model and a batch of 256 rows, got 20.0 MiB\n")
     assert [path.name for path in tmp_path.iterdir()] == ["table.h5"]
+
+
+def test_a_memory_limit_gives_all_ranks_the_same_windows_and_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they differ in what they have in memory, from which both follow."""
+    data, sizes = write_table(tmp_path / "table.h5"), count(100, 10)
+
+    def limited(limit: Any, settings: Any, splits: Any, resumed: bool = False) -> Any:
+        return replace(settings, window=next(sizes)), 100
+
+    monkeypatch.setattr("nicecp.run.within", limited)
+
+    def window(rank: Member) -> int:
+        with Run.start(data, None, **SMALL, communicator=rank) as run:
+            return run.trainer.reader.window
+
+    assert len(set(together(3, window))) == 1
+    table = np.random.default_rng(0).normal(size=(700, 5))
+    NICE(5, (8,), 3, threads=1).save(tmp_path / "flow.h5")
+    score_file(tmp_path / "flow.h5", table, tmp_path / "alone.h5")
+    monkeypatch.setattr("nicecp.score_file.block_within", lambda *arguments: next(sizes))
+    together(3, lambda rank: score_file(tmp_path / "flow.h5", table, tmp_path / "s.h5", communicator=rank))
+    with h5py.File(tmp_path / "alone.h5") as alone, h5py.File(tmp_path / "s.h5") as several:
+        np.testing.assert_allclose(several["log_prob"][()], alone["log_prob"][()], rtol=1e-12)

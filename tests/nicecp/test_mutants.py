@@ -16,7 +16,9 @@ import pytest
 from nicecp.coupling import Buffers
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Backend
+from nicecp.network import Network
 from nicecp.preprocessing import Standardize
+from nicecp.spec import ModelSpec
 from nicecp.testing import check_gradients
 from tests import gates, oracle
 from tests.mutants import (
@@ -256,10 +258,18 @@ FACTOR_MUTANTS: dict[str, tuple[dict[str, Change], tuple[str, ...]]] = {
 }
 
 
+SPLINES = gates.make_spec(4, [(3,), (), (2, 2)], laws=("spline",))
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(LAWS, id="factors"), pytest.param(SPLINES, id="splines", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("mistake", list(FACTOR_MUTANTS))
-def test_factors_that_are_wrong_are_refused(one_backend: Backend, mistake: str) -> None:
-    flow, x = gates.make_flow(LAWS, one_backend)
+def test_log_dets_that_are_wrong_are_refused(one_backend: Backend, mistake: str, spec: ModelSpec) -> None:
+    flow, x = gates.make_flow(spec, one_backend)
     changes, names = FACTOR_MUTANTS[mistake]
+    if spec is SPLINES:
+        changes = {name.replace("factor", "spline"): change for name, change in changes.items()}
     for name in names:
         ALL_GATES[name](rebuilt(NICE, flow, Mutant(one_backend)), x)
         refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, **changes)), x)
@@ -283,8 +293,40 @@ def test_a_log_scale_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch, on
     """Views of it in the parts' order instead of the data's: the flow is another one than its parameters say."""
     flow, x = gates.make_flow(PERMUTED, one_backend)
     parts = PERMUTED.part_sizes[0]
-    monkeypatch.setattr("nicecp.params.ModelSpec.columns", property(lambda spec: (slice(0, parts), slice(parts, None))))
+    as_parts = property(lambda spec: (slice(0, parts), slice(parts, None)))
+    monkeypatch.setattr("nicecp.params.ModelSpec.latent_columns", as_parts)
     refuses(gates.gate_density, rebuilt(NICE, flow), x)
+
+
+OTHER_PARTS = gates.make_spec(5, [(3,), (), (2, 2)], orders={1: (3, 0, 4, 2, 1), 2: (1, 2, 0, 4, 3)})
+
+
+def by_inverse(original: Change, y0: Any, y1: Any, x0: Any, x1: Any, index: Any) -> None:
+    original(y0, y1, x0, x1, np.argsort(index))
+
+
+def as_they_were(original: Change, y0: Any, y1: Any, x0: Any, x1: Any, index: Any) -> None:
+    y0[...], y1[...] = x0, x1
+
+
+@pytest.mark.parametrize("mistake", [by_inverse, as_they_were])
+def test_parts_that_are_not_those_of_the_coupling_are_refused(one_backend: Backend, mistake: Change) -> None:
+    """There and back alike: only what knows the right parts can see it."""
+    flow, x = gates.make_flow(OTHER_PARTS, one_backend)
+    for name in ("density", "round-trip", "complex-step", "check-gradients"):
+        ALL_GATES[name](rebuilt(NICE, flow, Mutant(one_backend)), x)
+        if name != "check-gradients":
+            refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend, permute=mistake)), x)
+
+
+def test_gradients_and_inverses_that_go_forth_again_are_refused(
+    monkeypatch: pytest.MonkeyPatch, one_backend: Backend
+) -> None:
+    flow, x = gates.make_flow(OTHER_PARTS, one_backend)
+    permute = Network._permute
+    monkeypatch.setattr(Network, "_permute", lambda self, k, back, start, to: permute(self, k, 0, start, to))
+    for name in ("round-trip", *GRADIENT_GATES):
+        refuses(ALL_GATES[name], rebuilt(NICE, flow, Mutant(one_backend)), x)
 
 
 @pytest.mark.parametrize("coupling", range(len(SPEC.couplings)))

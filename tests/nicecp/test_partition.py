@@ -17,10 +17,11 @@ from nicecp import NICE, fit, load
 from nicecp.cli.main import main
 from nicecp.cli.train import train as train_command
 from nicecp.errors import DataError
-from nicecp.partition import order_from_file, random_order
+from nicecp.orders import partition_order, random_order
+from nicecp.partition import order_from_file
 from nicecp.preset_table import PRESETS
 from nicecp.presets import contradiction, resolve
-from nicecp.spec import ModelSpec, alternating, partition_order
+from nicecp.spec import ModelSpec, alternating
 from tests.nicecp.runs import SMALL, go_on, model_bytes, train, write_images, write_table
 
 ORDER = (3, 0, 4, 2, 1)
@@ -84,7 +85,7 @@ def test_a_saved_flow_keeps_its_partition(tmp_path: Path, partition: Any) -> Non
         ((0, 1, 2, 3, 3), ValueError, "column 3 is 2 times in the partition"),
         ((0, 1, 2, 3, 5), ValueError, "column 5 in the partition is outside 0..4"),
         ((0.5, 1, 2, 3, 4), TypeError, "a column number of a partition must be a whole number, got 0.5"),
-        (3, TypeError, "'odd-even', 'halves', or a sequence of column numbers, got 3"),
+        (3, TypeError, "'odd-even', 'halves', 'random', or a sequence of column numbers, got 3"),
     ],
 )
 def test_wrong_partitions_are_refused(partition: Any, error: type[Exception], says: str) -> None:
@@ -209,6 +210,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert main([*words, "b.h5", "--partition", "halves"]) == 2
     assert "leave one out" in capsys.readouterr().err
     assert not os.path.exists("b.h5")
+    write(tmp_path / "order.txt", "3 0 4 2 1")
+    assert main([*words, "order.txt", "--overwrite"]) == 2
+    assert "would replace its --partition-file 'order.txt'" in capsys.readouterr().err
+    assert (tmp_path / "order.txt").read_text() == "3 0 4 2 1"
 
 
 def test_inpainting_of_halves_hides_data_columns(tmp_path: Path) -> None:

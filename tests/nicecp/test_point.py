@@ -21,7 +21,7 @@ from numba.core.errors import NumbaWarning, TypingError
 from nicecp import spline
 from nicecp.context import Context
 from nicecp.flow import NICE
-from nicecp.preprocessing import Dequantize, Standardize, Step, Triangular, Zca, undo_steps
+from nicecp.preprocessing import Dequantize, MarginLogit, Standardize, Step, Triangular, Zca, undo_steps
 from nicecp.transforms import Angle, Log, Logit, Quantile, Recorded, Student
 from tests import gates, oracle
 
@@ -79,6 +79,9 @@ CASES: dict[str, dict[str, Any]] = {
     "multiplicative": {"laws": ("multiplicative",)},
     "affine": {"laws": ("affine",), "prior": "gaussian"},
     "laws in turn": {"laws": ("affine", "additive", "multiplicative")},
+    "spline": {"laws": ("spline",)},
+    "spline, float32": {"laws": ("spline", "affine"), "dtype": "float32"},
+    "splines of many features": {"laws": ("spline",), "d": 37, "hidden": ((5,), (7,), (6,))},
     "float32": {"dtype": "float32", "laws": ("affine",)},
     "no hidden layer": {"hidden": ((),) * 3},
     "wide": {"d": 3, "hidden": ((64, 67), (129, 1), (80, 100))},
@@ -86,12 +89,15 @@ CASES: dict[str, dict[str, Any]] = {
     "two features": {"d": 2, "hidden": ((64, 64),) * 4},
     "halves": {"partition": "halves"},
     "permutation": {"partition": (3, 0, 4, 2, 1)},
+    "other parts": {"orders": {1: (3, 0, 4, 2, 1), 2: (1, 2, 0, 4, 3)}, "laws": ("affine",)},
+    "other parts, float32": {"orders": {2: (3, 0, 4, 2, 1)}, "dtype": "float32", "partition": "halves"},
     "standardize": {"steps": gates.standardize(D)},
     "dequantize": {"steps": (Dequantize(-1.0, 1.0), Standardize(np.full(D, 0.5), np.full(D, 0.25)))},
     "zca": {"steps": (*gates.standardize(D), zca(D)), "dtype": "float32"},
     **{kind: {"steps": transforms(kind)} for kind in ("recorded", "log", "logit", "angle", "student", "quantile")},
     "all columns": {"steps": (*transforms("log", "quantile"), zca(D)), "dtype": "float32"},
     "triangular": {"steps": (triangular(D), zca(D), triangular(D))},
+    "logit of images": {"steps": (Dequantize(-1.0, 1.0), MarginLogit(np.full(D, -1.0), np.ones(D), 0.05), zca(D))},
 }
 
 
@@ -267,6 +273,18 @@ def test_transforms_agree_with_those_of_rows_everywhere(kind: str) -> None:
     np.testing.assert_allclose([log_prob(row) for row in x], expected, rtol=1e-11)
     np.testing.assert_allclose(flow.log_prob(x), expected, rtol=1e-11)
     assert np.isinf(expected).any() == (kind in ("log", "logit"))
+
+
+def test_ends_of_the_logit_of_images() -> None:
+    """With a margin the ends have a density, and so has a little beyond them."""
+    flow, _, _ = make(steps=(MarginLogit(np.zeros(D), np.linspace(1.0, 3.0, D), 0.05),))
+    x = np.full((8, D), 0.5)
+    x[:, 2] = [0.0, 2.0, 1e-9, -0.1, 2.1, -0.2, 3.0, np.nan]
+    expected = gates.log_prob_by_backend(flow, x)
+    log_prob = flow.njit_log_prob()
+    np.testing.assert_array_equal(np.isfinite(expected), [True] * 5 + [False] * 3)
+    np.testing.assert_allclose([log_prob(row) for row in x], expected, rtol=1e-12)
+    np.testing.assert_allclose(flow.log_prob(x), expected, rtol=1e-12)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nicecp.cli import train as cli_train
 from nicecp.optimizers import AdaM, RMSProp
 from nicecp.preset_table import CHOICES, PRESETS, choose, valid_fraction_of
 from nicecp.presets import NAMES, Settings, contradiction, resolve
+from nicecp.run import Run
 
 WINDOW = 1000
 
@@ -126,6 +128,7 @@ def test_optimizers() -> None:
     [
         (False, {"value_range": (-1.0, 1.0)}, "8-bit"),
         (True, {"standardize": False}, "not standardised"),
+        (True, {"allow_constant": True}, "leave --allow-constant out"),
         (False, {"epochs": 0}, "epochs must be at least 1"),
         (False, {"batch_size": 0}, "batch_size"),
         (False, {"patience": 0}, "patience"),
@@ -154,6 +157,11 @@ def test_refused(eight_bit: bool, given: dict[str, Any], words: str) -> None:
 def test_unknown_names_are_mistakes_of_the_caller() -> None:
     with pytest.raises(TypeError, match="layers"):
         resolve("a.h5", False, WINDOW, layers=3)
+    for name in ("layers", "window"):  # the window follows from the data and the memory limit
+        with pytest.raises(TypeError, match=f"unknown setting {name}"):
+            Run.start(np.zeros((9, 2)), None, **{name: 3})
+        with pytest.raises(TypeError, match=f"unknown setting {name}"):
+            Run.resume("run.h5", **{name: 3})
     assert "hidden" in NAMES
     assert "preset" not in NAMES
 

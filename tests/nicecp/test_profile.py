@@ -48,7 +48,7 @@ def test_every_kind_of_call_is_in_one_part() -> None:
     assert sorted([*codes, Op.BARRIER]) == sorted(getattr(Op, name) for name in names)
 
 
-@pytest.mark.parametrize("laws", [("additive",), ("affine", "multiplicative")])
+@pytest.mark.parametrize("laws", [("additive",), ("affine", "multiplicative"), ("spline",)])
 @pytest.mark.parametrize("by_layer", [0, 2**60])
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, laws: tuple[str, ...], by_layer: int) -> None:
     monkeypatch.setattr(train_module, "UPDATE_BY_LAYER", by_layer)

@@ -51,7 +51,8 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(communicator: Communicator, data: Any = TABLE, threads: int = 1, **config: Any) -> Trainer:
-    spec = gates.make_spec(5, [(6, 5), (4,), (), (3,)], laws=("additive", "affine", "multiplicative"))
+    laws, orders = ("additive", "affine", "multiplicative"), {2: (3, 0, 1, 4, 2)}
+    spec = gates.make_spec(5, [(6, 5), (4,), (), (3,)], laws=laws, orders=orders)
     steps = (Dequantize(-1, 1),) if data.dtype == np.uint8 else ()
     flow = NICE.from_spec(spec, gates.draw_parameters(spec), steps, backend=get_backend("cpu", threads))
     split = Split.contiguous(ArraySource(data), 0, 600, Purpose.TRAIN_NOISE)

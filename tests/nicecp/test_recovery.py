@@ -16,7 +16,8 @@ from nicecp.columns import check_representable, near_discrete
 from nicecp.data import open_splits
 from nicecp.errors import DataError, TrainingError
 from nicecp.flow import NICE
-from nicecp.kernels.backend import Slot
+from nicecp.kernels.backend import Purpose, Slot
+from nicecp.presented import uniform_noise
 from nicecp.recovery import IN_A_ROW, LOWER, TIMES, WENT_BACK, log_scale_bound
 from nicecp.run import Run
 from nicecp.train import Callback, Trainer
@@ -142,7 +143,9 @@ def test_going_back_is_the_same_after_a_resume(table: str, tmp_path: Path, stop:
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
     train(table, whole, [Bad()], prior="gaussian")
     train(table, parts, [Bad(), StopAt(stop, Trainer.request_stop)], prior="gaussian")
+    saved = load_state(state_path(parts))[2]
     with Run.resume(parts) as run:
+        assert run.trainer.resume_state().bad_steps == saved.bad_steps  # saved again before its first step
         bad = Bad()
         bad.on_step(run.trainer)  # its first step is a bad one as well
         assert run.execute([bad]).finished
@@ -159,24 +162,27 @@ def test_going_back_is_the_same_after_a_resume(table: str, tmp_path: Path, stop:
 # --- the log-scale ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 15.9), ("float64", 36.0)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "partition", "column"), [("float32", 15.9, "odd-even", 3), ("float64", 36.0, "halves", 4)]
+)
 def test_a_log_scale_at_its_bound_is_held_and_named(
-    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, bound: float
+    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, bound: float, partition: str, column: int
 ) -> None:
     assert log_scale_bound(np.dtype(dtype)) == pytest.approx(bound, abs=0.1)
 
     class Push(Callback):
         def on_step(self, trainer: Trainer) -> None:
-            trainer.views.scaling[1][1] = 1000.0  # column 3
+            trainer.views.scaling[1][1] = 1000.0
             trainer.views.scaling[0][0] = -1000.0
 
     with caplog.at_level(logging.WARNING, "nicecp"):
-        outcome = train(table, tmp_path / "run.h5", [Push()], dtype=dtype, epochs=2, patience=None)
+        more = {"dtype": dtype, "partition": partition}
+        outcome = train(table, tmp_path / "run.h5", [Push()], epochs=2, patience=None, **more)
     log_scale = load(tmp_path / "run.h5").parameters()["scaling/log_scale"]
     assert np.abs(log_scale).max() <= log_scale_bound(np.dtype(dtype)) * (1 + 1e-6)
     messages = [event.message for event in outcome.record.events if event.kind == "log-scale"]
     assert len(messages) == 1  # not once an epoch
-    assert f"bound of {bound} nats in columns 0, 3:" in messages[0]
+    assert f"bound of {bound} nats in columns 0, {column}:" in messages[0]
     assert messages[0] in caplog.text
 
 
@@ -246,5 +252,21 @@ def test_numbers_too_large_for_the_working_precision_are_named(tmp_path: Path, r
     with pytest.raises(DataError, match=rf"/{role}': row 2999, column 3 is -3\.5e\+38, too large for float32; rescale"):
         train(str(path), tmp_path / "run.h5", dtype="float32", standardize=False)
     with open_splits(path) as splits:
-        check_representable(splits, (), np.float64)
+        check_representable(splits, (), np.float64, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.h5"]
+
+
+def test_noise_that_leaves_a_support_is_found_before_training_with_the_seed_of_the_run(tmp_path: Path) -> None:
+    """A test row at 0.09, recorded in steps of 0.2, before a logarithm: one time in twenty its noise is too much."""
+    x = np.round(1 + np.random.default_rng(0).exponential(size=(300, 2)), 1)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["train"], file["test"] = x, np.full((1, 2), 0.09)
+    data, found = str(tmp_path / "x.h5"), []
+    for seed in range(40):
+        u = uniform_noise(seed, Purpose.TEST_NOISE, np.zeros(1, np.int64), np.arange(2))
+        found.append(bool((0.09 + 0.2 * (u - 0.5) <= 0).any()))
+        if found[-1]:
+            with pytest.raises(DataError, match=r"test': row 0, column . is -?0\.0.*, outside the support"):
+                Run.start(data, None, transform="*=recorded(0.2)+log", **{**SMALL, "seed": seed})
+    assert not found[0]
+    assert any(found)

@@ -17,6 +17,7 @@ from nicecp.checkpoint import load_run
 from nicecp.cli.main import main
 from nicecp.errors import CheckpointError
 from nicecp.kernels.backend import Backend
+from nicecp.plan import flops_of
 from nicecp.records import DataInfo
 from nicecp.schema import model_from_tree, model_tree
 from nicecp.spec import ModelSpec, alternating
@@ -268,6 +269,12 @@ def test_odd_files_are_refused(change: Any, says: str) -> None:
     change(tree)
     with pytest.raises(CheckpointError, match=re.escape(says)):
         model_from_tree(tree, "x.h5")
+
+
+def test_operations_of_registered_networks_are_those_of_their_weights() -> None:
+    """Each number of W (3, 7) and U (7, 2) or of W (2, 7) and U (7, 3) is used once a row, as a dense layer's is."""
+    forward = 2 * 40 * 2 * (3 * 7 + 7 * 2 + 2 * 7 + 7 * 3)
+    assert flops_of(make("additive", "ramp", hidden=(7,)).spec, 40) == (forward, 3 * forward)
 
 
 def test_no_compiled_function_of_python_code() -> None:

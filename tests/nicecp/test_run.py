@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from nicecp.checkpoint import load, load_run, load_state, save_state, state_path
+from nicecp.data import DataSpec
 from nicecp.errors import CheckpointError, DataError
 from nicecp.presets import Settings
 from nicecp.run import Run
+from nicecp.scoring import score
 from nicecp.train import Trainer
 from tests.nicecp.runs import SMALL, TABLE_STEPS, StopAt, go_on, model_bytes, train, write_images, write_table
 
@@ -144,6 +146,15 @@ def test_a_checkpoint_made_on_the_way_is_enough(table: str, tmp_path: Path) -> N
     assert model_bytes(folder / "parts.h5") == model_bytes(whole)
 
 
+def test_checkpoints_after_so_many_epochs(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    more = {**SMALL, "epochs": 5, "checkpoint_every": 1e9, "checkpoint_epochs": 2}
+    with Run.start(table, tmp_path / "run.h5", **more) as run:
+        monkeypatch.setattr(run, "save", lambda: seen.append(run.trainer.record.epoch))
+        run.execute()
+    assert seen == [2, 4, 5]  # and at the end
+
+
 def test_no_checkpoint_before_its_time(table: str, tmp_path: Path) -> None:
     seen: list[bool] = []
     out = tmp_path / "run.h5"
@@ -258,3 +269,27 @@ def test_changed_data_are_taken_only_if_that_is_asked_for(table: str, tmp_path: 
         file["train"] = np.zeros((50, 4))
     with pytest.raises(DataError, match="4 columns"):
         go_on(out, epochs=5, data=str(tmp_path / "other.h5"), allow_changed_data=True)
+
+
+def test_arrays_train_as_files_do(tmp_path: Path) -> None:
+    """With context and weights, saved and resumed: the array is not recorded, and has to be given again."""
+    data = write_table(tmp_path / "table.h5")
+    rng = np.random.default_rng(3)
+    with h5py.File(data, "r+") as file:
+        x = file["train"][()]
+        file["c"], file["w"] = context, weights = rng.normal(size=(600, 2)), rng.random(600)
+        del file["test"]
+    array, out, other = DataSpec(x, context, weights), tmp_path / "array.h5", tmp_path / "file.h5"
+    train(DataSpec(data, "/c", "/w"), other)
+    train(array, out, [StopAt(20, Trainer.request_stop)])
+    with pytest.raises(DataError, match="was given its context as an array"):
+        Run.resume(out)
+    with Run.resume(out, data=array) as run:
+        assert run.execute().finished
+    assert model_bytes(out) == model_bytes(other)
+    assert score(out, array, "valid").evaluation == score(other, data, "valid").evaluation
+    images = rng.integers(0, 256, (200, 4, 3), dtype=np.uint8)
+    train(images, tmp_path / "images.h5", epochs=1)
+    with pytest.raises(CheckpointError, match="does not say where its data are; pass --data"):
+        Run.resume(tmp_path / "images.h5")
+    assert load(tmp_path / "images.h5").info.image_shape == (4, 3)

@@ -215,6 +215,28 @@ WRONG: dict[str, tuple[Change, str]] = {
     "order with a column twice": (permuted(np.array([0, 1, 2, 2, 4])), "column 2 is 2 times in the partition"),
     "order beyond the columns": (permuted(np.arange(1, 6)), "column 5 in the partition is outside 0..4"),
     "order below the columns": (permuted(np.arange(-1, 4)), "column -1 in the partition is outside 0..4"),
+    "parts of a coupling of too few columns": (
+        array("/model/couplings/2/order", np.arange(4)),
+        "/model/couplings/2/order: should have shape (5), has (4)",
+    ),
+    "parts of a coupling of floats": (array("/model/couplings/2/order", np.arange(5.0)), "should be int64, is float64"),
+    "parts of a coupling with a column twice": (
+        array("/model/couplings/2/order", np.array([0, 1, 2, 2, 4])),
+        "/model/couplings/2/order: column 2 is 2 times in the partition",
+    ),
+    "parts of a coupling beyond the columns": (
+        array("/model/couplings/3/order", np.arange(1, 6)),
+        "/model/couplings/3/order: column 5 in the partition is outside 0..4",
+    ),
+    "other parts before the first coupling": (
+        array("/model/couplings/0/order", np.arange(5)),
+        "the first coupling has no order of its own",
+    ),
+    "more orders than couplings": (array("/model/couplings/4/order", np.arange(5)), "does not hold n_couplings = 4"),
+    "several orders of a coupling": (
+        array("/model/couplings/1/order", np.tile(np.arange(5), (2, 1))),
+        "/model/couplings/1/order: should have shape (5), has (2, 5)",
+    ),
     "law": (attr("/model/couplings/0", "law", "cubic"), "the coupling 'cubic' is not registered"),
     "parts alike": (attr("/model/couplings/0", "transforms", 0), "transforms the other"),
     "part 2": (attr("/model/couplings/0", "transforms", 2), "outside 0..1"),

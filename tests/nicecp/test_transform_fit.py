@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import nicecp
+from nicecp import spline
 from nicecp.data import open_splits
 from nicecp.errors import DataError
 from nicecp.evaluate import evaluate
@@ -92,6 +93,13 @@ def test_what_is_written() -> None:
 def test_what_cannot_be_understood(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse(text)
+
+
+def test_standardize_stands_alone() -> None:
+    """Else it would be passed over without a word: what comes behind it would see the column as it is."""
+    for chain in ("standardize+log", "recorded+standardize"):
+        with pytest.raises(ValueError, match=f"'{re.escape(chain)}': standardize stands alone"):
+            parse(f"x={chain}")
 
 
 def test_columns_that_are_not_there() -> None:
@@ -192,6 +200,130 @@ def test_noise_on_recorded_values_is_the_row_s_own() -> None:
     assert 0 < u.min() < 0.1 < 0.9 < u.max() < 1
     assert not np.array_equal(u, uniform_noise(6, 0, rows, columns))
     assert len(np.unique(u)) == u.size
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def tilted(n: int = 6000) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a normal distribution whose weights make them rows of one at 1, of a wide one, and of Student's t."""
+    r = np.random.default_rng(6)
+    x = np.stack([r.normal(size=n), 3.0 * r.normal(size=n), r.standard_t(3.0, n)], axis=1)
+    return x, np.exp(x[:, 0] - 0.5)
+
+
+def test_weights_move_a_quantile_spline() -> None:
+    x, weights = tilted()
+    places = np.linspace(-0.5, 2.5, 7)
+    z = spline.forward(places, quantile_knots(x[:, 0], weights))[0]
+    np.testing.assert_allclose(z, places - 1.0, atol=0.12)
+    assert np.abs(spline.forward(places, quantile_knots(x[:, 0]))[0] - places).max() < 0.12
+    counts = np.random.default_rng(7).integers(1, 4, 400)
+    values, ones = x[:400, 0], np.ones(int(counts.sum()))
+    repeated = spline.fit_knots(np.repeat(values, counts), 16)
+    np.testing.assert_array_equal(spline.fit_knots(np.repeat(values, counts), 16, 1e200 * ones).x, repeated.x)
+    weighted = spline.fit_knots(values, 16, counts.astype(float))
+    inside = np.linspace(-2, 2, 9)
+    np.testing.assert_allclose(spline.forward(inside, weighted)[0], spline.forward(inside, repeated)[0], atol=0.05)
+
+
+def test_one_heavy_row_gives_a_spline_too() -> None:
+    x, weights = tilted(500)
+    weights[3] = 1e12
+    for values in x.T:
+        knots = quantile_knots(values, weights)
+        assert np.isfinite(spline.forward(values, knots)[1]).all()
+
+
+def test_weights_move_the_other_fits() -> None:
+    x, weights = tilted()
+    assert fit_student(3.0 + x[:, 2] + 0.0 * weights, np.ones(len(x)))[1] == pytest.approx(3.0, abs=0.1)
+    assert fit_student(x[:, 0], weights)[1] == pytest.approx(1.0, abs=0.1)
+    around = np.random.default_rng(8).uniform(0, 2 * np.pi, 8000)
+    cut = emptiest(around, 2 * np.pi, np.where(np.abs(around - 4.0) < 0.5, 0.01, 1.0))
+    assert abs(cut - 4.0) < 0.6
+    look, plain = look_at(x[:, 0], np.float64, weights), look_at(x[:, 0], np.float64)
+    assert plain.rows == 6000
+    assert 1000 < look.rows < 4000
+    wide = look_at(np.exp(x[:, 1]), np.float64, np.exp(-np.maximum(x[:, 1], 0.0) * 3))
+    assert wide.skewness < 0.3 * look_at(np.exp(x[:, 1]), np.float64).skewness
+    uniform = look_at(x[:, 2], np.float64, np.full(len(x), 7.0))
+    assert uniform == look_at(x[:, 2], np.float64)
+
+
+def test_a_logit_is_standardised_by_weights() -> None:
+    r = np.random.default_rng(9)
+    x, weights = r.beta(2.0, 2.0, size=(500, 2)), r.integers(0, 3, 500)
+    made = []
+    for rows, given in ((x, weights), (np.repeat(x, weights, axis=0), None)):
+        flow = nicecp.NICE(2, (4,))
+        how: dict[str, Any] = {"logit": 0.01, "whiten": "gaussian", "valid_fraction": 0}
+        nicecp.fit(flow, rows, epochs=1, sample_weight=given, **how)
+        made.append([array for step in flow.preprocessing for array in step.arrays().values()])
+    for one, other in zip(*made, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+# --- before training -------------------------------------------------------------------------------------------------
+
+
+def test_preprocessing_is_fitted_before_there_is_a_flow(tmp_path: Path) -> None:
+    x = table(1200)
+    wanted = {"mass": "log", 4: "logit(0:1)", "phi": "angle", "*": "quantile"}
+    steps, lines = nicecp.fit_preprocessing(x, wanted, columns=NAMES, whiten="gaussian")
+    assert [step.kind for step in steps] == ["quantile", "log", "angle", "logit", "standardize", "triangular"]
+    assert any(line.startswith("1 ('mass'): log, as asked for;") for line in lines)
+    assert any("recorded to few digits" in line for line in lines)
+    flow = nicecp.NICE(6, (8,), prior="gaussian", init="he", seed=3, preprocessing=steps)
+    before = flow.log_prob(x[:9])
+    assert np.isfinite(before).all()
+    nicecp.fit(flow, x, epochs=1)
+    assert [step.kind for step in flow.preprocessing] == [step.kind for step in steps]
+    assert not np.allclose(flow.log_prob(x[:9]), before)
+    flow.save(tmp_path / "f.h5")
+    np.testing.assert_array_equal(nicecp.load(tmp_path / "f.h5").log_prob(x[:9]), flow.log_prob(x[:9]))
+    once = nicecp.NICE(6, (8,), prior="gaussian", init="he", seed=3)
+    given = {str(key): kind for key, kind in wanted.items()} | {"1": "log", "2": "angle"}
+    del given["mass"], given["phi"]
+    nicecp.fit(once, x, epochs=1, transform=given, whiten="gaussian", valid_fraction=0)
+    other = nicecp.NICE(6, (8,), prior="gaussian", init="he", seed=3, preprocessing=steps)
+    nicecp.fit(other, x, epochs=1, valid_fraction=0)
+    np.testing.assert_allclose(once.log_prob(x[:9]), other.log_prob(x[:9]), rtol=1e-12)
+
+
+def test_preprocessing_by_weights() -> None:
+    x, weights = tilted()
+    (standardize,), _ = nicecp.fit_preprocessing(x, "none", sample_weight=weights)
+    np.testing.assert_allclose(standardize.arrays()["mean"][0], np.average(x[:, 0], weights=weights), rtol=1e-12)
+    steps, _ = nicecp.fit_preprocessing(x, "quantile", sample_weight=weights)
+    flow = nicecp.NICE(3, (4,), preprocessing=steps)
+    assert np.average(flow.forward(x)[0][:, 0], weights=weights) == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"a,b": "log"}, ValueError, "no commas"),
+        ({"a": "log,b=log"}, ValueError, "no commas"),
+        ({}, ValueError, "names no column"),
+        ({"a": 3}, TypeError, "text or"),
+        (["log"], TypeError, "text or"),
+    ],
+)
+def test_what_is_no_transform(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        nicecp.fit_preprocessing(table(100), given)
+    with pytest.raises(error, match=words):
+        nicecp.fit(nicecp.NICE(6, (8,)), table(100), transform=given)
+
+
+def test_a_flow_says_that_it_keeps_its_preprocessing(caplog: pytest.LogCaptureFixture) -> None:
+    flow = nicecp.NICE(6, (8,))
+    nicecp.fit(flow, table(200), epochs=1)
+    assert "keeps" not in caplog.text
+    nicecp.fit(flow, table(200), epochs=1, transform="quantile")
+    assert "preprocessing, which it keeps: transform, whiten" in caplog.text
+    assert [step.kind for step in flow.preprocessing] == ["standardize"]
 
 
 # --- training and evaluation ------------------------------------------------------------------------------------------

@@ -89,6 +89,15 @@ def test_digits() -> None:
     assert more[0] > means[1]
 
 
+def test_a_second_fit_goes_on_where_the_first_ended() -> None:
+    """To the bit: the optimiser's moments belong to its number of steps."""
+    x = np.random.default_rng(0).normal(size=(400, 3))
+    once, twice = (VAE(3, 2, (8,), seed=1, threads=1) for _ in range(2))
+    means = once.fit(x, epochs=4)
+    assert [*twice.fit(x, epochs=1), *twice.fit(x, epochs=3)] == means
+    np.testing.assert_array_equal(twice.flat, once.flat)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     vae, x, eps = make()
     with pytest.raises(ValueError, match=r"\(n, 5\), got \(9, 3\)"):

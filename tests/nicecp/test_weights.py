@@ -14,13 +14,15 @@ from nicecp.beside import Beside, effective_rows
 from nicecp.data import column_stats, open_splits
 from nicecp.data_spec import DataSpec
 from nicecp.evaluate import evaluate
-from nicecp.extras import FEW
+from nicecp.extras import FEW, fit_context
 from nicecp.flow import NICE
 from nicecp.kernels.backend import Purpose
 from nicecp.preprocessing import Dequantize
+from nicecp.presented import mean_log_det
 from nicecp.sources import ArraySource
 from nicecp.split import Split, held_by_weight
 from nicecp.train import TrainConfig, Trainer
+from nicecp.transforms import Log
 from nicecp.whitening import fit_approximate, moments
 from tests import gates
 
@@ -56,6 +58,14 @@ def test_the_split_holds_the_fraction_of_the_weight(fraction: Any) -> None:
         assert split.weights is not None
         np.testing.assert_allclose(split.weights / split.weights[0], WEIGHTS[rows] / WEIGHTS[rows[0]], rtol=1e-14)
     assert held.describe()["weighted"] == 1
+
+
+def test_other_weights_are_other_data_and_another_scale_is_not() -> None:
+    """By this a run that goes on, and an evaluation, know the rows of the run again."""
+    sources = [ArraySource(TABLE), *(Beside(ArraySource(TABLE), weight=w) for w in (WEIGHTS, 4 * WEIGHTS, WEIGHTS**2))]
+    none, one, scaled, other = (source.fingerprint() for source in sources)
+    assert one == scaled
+    assert len({none, one, other}) == 3
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_scale() -> None:
@@ -127,6 +137,29 @@ def test_statistics_are_those_of_repeated_rows() -> None:
     np.testing.assert_allclose(stats.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(stats.std**2, np.average((TABLE - mean) ** 2, axis=0, weights=WEIGHTS), rtol=1e-12)
     assert stats.count == (WEIGHTS > 0).sum()
+
+
+def test_the_scale_of_a_context_is_that_of_repeated_rows() -> None:
+    context = np.random.default_rng(7).normal(size=(300, 2)) * [1, 30]
+    context[:, 0] += COUNTS  # heavy rows are not like the others
+    found = [
+        fit_context(Split.contiguous(source, 0, source.n_rows, Purpose.TRAIN_NOISE))
+        for source in (
+            Beside(ArraySource(X), context, COUNTS),
+            Beside(ArraySource(np.repeat(X, COUNTS, axis=0)), np.repeat(context, COUNTS, axis=0)),
+        )
+    ]
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(getattr(found[0], name), getattr(found[1], name), rtol=1e-12)
+
+
+def test_log_determinants_of_transforms_are_averaged_by_weight() -> None:
+    """What the training likelihood of a flow behind transforms has in it beside the network's part."""
+    steps = (Log(np.array([0]), np.array([-9.0])),)
+    weighted, repeated = (mean_log_det(split, steps, 0) for split in weighted_and_repeated())
+    expected = np.average(-np.log(X[:, 0] + 9), weights=COUNTS)
+    assert [weighted, repeated] == pytest.approx([expected, expected], rel=1e-12)
+    assert abs(expected + np.log(X[:, 0] + 9).mean()) > 1e-4
 
 
 def test_a_learned_whitening_is_that_of_repeated_rows(one_backend: Any) -> None:
