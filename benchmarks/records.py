@@ -24,9 +24,9 @@ Row = dict[str, Any]
 class Records:
     """Rows of one part, appended to a file as they come; path None: nowhere."""
 
-    def __init__(self, path: Path | None, part: str) -> None:
+    def __init__(self, path: Path | None, part: str, append: bool = False) -> None:
         self.path, self.part = path, part
-        if path is not None:
+        if path is not None and not append:
             path.write_text("")
             self._write({"machine": describe()})
 

@@ -46,14 +46,16 @@ def commands(data: Path | None, quick: bool) -> dict[str, list[str]]:
     small = f"{PEERS},{LIBRARIES}"
     mnist, table = (data / name if data is not None else None for name in ("mnist.h5", "cms_zmumu.h5"))
     return {
-        "steps-mnist": ["train_cpu.py", "--case", "mnist", "--rounds", "11", "--contestants", small],
+        "steps-mnist": ["train_cpu.py", "--case", "mnist", "--rounds", "9", "--contestants", PEERS],
+        "steps-libraries": ["train_cpu.py", "--case", "mnist", "--rounds", "4", "--contestants", f"nicecp,{LIBRARIES}",
+                            "--label", "beside libraries of flows"],
         "steps-small": ["train_cpu.py", "--case", "small", "--threads", "1", "--rounds", "15", "--contestants", small],
         "steps-small64": ["train_cpu.py", "--case", "small", "--threads", "1", "--rounds", "9", "--dtype", "float64",
                           "--contestants", "nicecp,products,torch,jax,jax-scan"],
         "latency": ["latency.py", "--rounds", "11"],
         "startup": ["startup.py", "--rounds", "5"],
-        "depth": ["depth.py", "--rounds", "7"],
-        "streaming": ["streaming.py", "--rounds", "5"],
+        "depth": ["depth.py", "--rounds", "5"],
+        "streaming": ["streaming.py", "--mib", "192", "--rounds", "3"],
         "scaling-check": ["scaling.py", "check"],
         "scaling-ranks": ["scaling.py", "ranks"],
         "scaling-predict": ["scaling.py", "predict"],
@@ -76,12 +78,17 @@ def launcher(part: str) -> list[str] | None:
     return None if mpirun is None else [mpirun, "--bind-to", "none", "--oversubscribe", "-n", "2", sys.executable]
 
 
+def section_of(part: str) -> str:
+    """The section of the report that a part belongs to."""
+    return "log_prob" if part == "latency" else part.partition("-")[0]
+
+
 def run(part: str, words: list[str], out: Path, limit: float = TIMEOUT) -> str:
     """ "" where it ended well, else what went wrong; leaves PART.jsonl and PART.log."""
     start, result = launcher(part), out / f"{part}.jsonl"
     if not words or start is None:
         why = "no data for it" if not words else "mpi4py or mpirun is not installed"
-        Records(result, part.partition("-")[0]).note("", f"{part} was left out: {why}.")
+        Records(result, section_of(part)).note("", f"{part} was left out: {why}.")
         return why
     more = ["--json", str(result)]
     if part == "latency":
@@ -97,9 +104,12 @@ def run(part: str, words: list[str], out: Path, limit: float = TIMEOUT) -> str:
             code = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=limit
             ).returncode
+            problem = "" if code == 0 else f"exit code {code}, see {part}.log"
         except subprocess.TimeoutExpired:
-            return f"stopped after {limit:g} s"
-    return "" if code == 0 else f"exit code {code}, see {part}.log"
+            problem = f"stopped after {limit:g} s"
+    if problem:  # beside what it has measured until then
+        Records(result, section_of(part), append=True).note("", f"{part} did not end well: {problem}.")
+    return problem
 
 
 def main() -> None:

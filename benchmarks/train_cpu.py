@@ -114,7 +114,7 @@ def table(case: Case, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: bool, records: Records) -> None:
+def compare(case: Case, names: list[str], threads: int, rounds: int, records: Records, label: str = "") -> None:
     """Check, warm up, measure, and report one case with one number of threads."""
     workers: list[Worker] = []
     abouts: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: 
             worker.ask("run", steps=case.chunk)  # scan compiles for this length; caches fill
         seconds = measure(workers, case, rounds)
         parts = next(
-            (w.ask("breakdown", steps=4 * case.chunk) for w in workers if w.name == "nicecp" and breakdown), None
+            (w.ask("breakdown", steps=4 * case.chunk) for w in workers if w.name == "nicecp" and not label), None
         )
     finally:
         for worker in workers:
@@ -143,6 +143,7 @@ def compare(case: Case, names: list[str], threads: int, rounds: int, breakdown: 
     }
     print(table(case, {"seconds": seconds, "ratios": ratios}), flush=True)
     group = f"{TITLES[case.name]}, {case.dtype}, {threads} thread{'s' * (threads > 1)}"
+    group += f", {label}" if label else ""
     for name, values in seconds.items():
         records.values(group, NAMES[name], "ms a step", [1e3 * value for value in values], versions=abouts[name])
     if losses:
@@ -163,6 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (default: all; small: 1 and all)")
     parser.add_argument("--rounds", type=int, default=25, help="times every contestant has its turn (default: 25)")
     parser.add_argument("--contestants", default=",".join(DEFAULT), help=f"comma-separated, of {', '.join(NAMES)}")
+    parser.add_argument("--label", default="", help="for the name of the comparison; then without a breakdown")
     parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work at all?")
     options = parser.parse_args()
@@ -195,7 +197,7 @@ def main() -> None:
             size = f"{case.flops / 1e9:.3g} GFLOP a step"
             print(f"\n{case.name}: {case.dtype}, batch {case.batch}, {count} thread(s), {size}")
             rounds = 2 if options.quick else options.rounds
-            compare(case, names, count, rounds, True, records)
+            compare(case, names, count, rounds, records, options.label)
 
 
 if __name__ == "__main__":

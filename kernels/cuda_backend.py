@@ -24,7 +24,7 @@ from nicecp.kernels.cuda_calls import (
     named,
 )
 from nicecp.kernels.cuda_device import check
-from nicecp.kernels.cuda_nccl import Nccl, SumOverRanks, connected
+from nicecp.kernels.cuda_nccl import FIRST_SUMS, Nccl, SumOverRanks
 from nicecp.kernels.cuda_source import SCALE_COLUMNS, THREADS
 
 
@@ -213,14 +213,17 @@ class CudaBackend(CudaBorders):
     def open_nccl(self, size: int, rank: int, share: Callable[[Callable[[], Any]], Any]) -> Nccl:
         """The communicator of so many ranks, each of which calls this; see Nccl."""
         with self._lock:
-            nccl = connected(Nccl(self.driver, size, rank, share), self.alloc, self.sum_over_ranks)
+            nccl = Nccl(self.driver, size, rank, share)
+            first = [self.alloc(count, dtype) for count, dtype in FIRST_SUMS]
+            for array in first:
+                self.sum_over_ranks(nccl, array, array)
             self.synchronize()
             return nccl
 
     def sum_over_ranks(self, nccl: Nccl, out: Array, x: Array) -> None:
         """out = the sum over ranks of x : (size,), out itself or beside it; every rank calls it, in the same order."""
         check(out.dtype, out=(out, (out.size,)), x=(x, (out.size,)))
-        self._do(SumOverRanks(out=out, x=x, nccl=nccl, lane=GRADIENTS))
+        self._do(SumOverRanks(out=out, x=x, nccl=nccl, lane=UPDATES))
 
     # --- random numbers ---------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from nicecp.kernels.cuda_driver import Driver, Streams
 
 CAPTURES = 20906  # the first version whose collectives may be captured
 _INSTALL = "pip install nvidia-nccl-cu13 (nvidia-nccl-cu12 beside CuPy for CUDA 12), or use --device cpu"
-_EAGER = (1, 2**20)  # numbers summed before anything is captured: connections are made by the first messages
+# Summed before anything is captured, short and long: connections are made by the first messages.
+FIRST_SUMS = tuple((count, dtype) for dtype in (np.float32, np.float64) for count in (1, 2**20))
 
 
 class Nccl:
@@ -88,15 +89,6 @@ class SumOverRanks(Call):
 
     def run(self, driver: Driver) -> None:
         self.nccl.all_reduce(driver, self.out, self.x)
-
-
-def connected(nccl: Nccl, alloc: Callable[[int, Any], Array], sum_of: Callable[[Nccl, Array, Array], None]) -> Nccl:
-    """The communicator after sums of short and long arrays: what a first message sets up must not be captured."""
-    for dtype in (np.float32, np.float64):
-        for size in _EAGER:
-            array = alloc(size, dtype)
-            sum_of(nccl, array, array)
-    return nccl
 
 
 def bus_of(driver: Driver) -> str:

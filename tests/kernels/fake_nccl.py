@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.kernels.fake_cupy import FakeCupy
+from tests.kernels.fake_order import Access, span_of
 
 
 class NcclError(RuntimeError):
@@ -51,4 +52,5 @@ class FakeNccl:
             ctypes.memmove(received, total.ctypes.data, total.nbytes)
             self.sums.append(count)
 
-        self.cupy.streams[stream].put("allReduce", work)
+        size = count * dtype.itemsize
+        self.cupy.streams[stream].put("allReduce", work, Access({span_of(sent, size)}, {span_of(received, size)}))
