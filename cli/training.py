@@ -129,6 +129,8 @@ def ending(run: Run, outcome: Outcome) -> str:
     rows.append(("round trip", f"max |x - f^-1(f(x))| = {outcome.round_trip:.2g} on {outcome.round_trip_rows} rows"))
     rows.append(("time", clock(outcome.seconds)))
     rows.append(("files", f"{run.out} (the best model), {run.state} (to go on)"))
+    if run.settings.preset == "tabular":
+        rows.append(("hint", "a first look; --preset tabular-spline fits tables much better, in minutes"))
     out = shlex.quote(str(run.out))
     picture = run.flow.info.image_shape is not None
     named, data = run.trainer.record.config.get("data") or "DATA.h5", plain_data(run.data)

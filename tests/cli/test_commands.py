@@ -271,7 +271,7 @@ def test_info_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     flow, record = load_run("run-images.h5")
     assert record is not None
     assert found["model"]["n_parameters"] == flow.n_parameters
-    one = {"law": "additive", "conditions_on": 1, "transforms": 0, "hidden": [6], "network": "mlp"}
+    one = {"law": "additive", "conditions_on": 1, "transforms": 0, "hidden": [6], "network": "mlp", "order": None}
     assert found["model"]["couplings"][1] == one
     assert found["model"]["image_shape"] == [3, 4]
     assert found["model"]["preprocessing"] == [{"kind": "dequantize", "low": 0.0, "high": 1.0, "levels": 256}]

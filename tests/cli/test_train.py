@@ -66,6 +66,7 @@ def test_lines_in_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         "nicecp sample run.h5",
         "nicecp evaluate run.h5",
         "--resume",
+        "--preset tabular-spline",
     ):
         assert words in ending
     shown = re.search(r"^  test +(\S+) \+- (\S+) nats per row \(30 rows\)$", out, re.MULTILINE)

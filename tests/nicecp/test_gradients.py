@@ -105,8 +105,15 @@ def test_a_wide_flow_and_more_rows_than_a_chunk(one_backend: Backend, dtype: str
 SPLINE = pytest.param("spline", marks=pytest.mark.slow)  # 23 numbers for each feature: many parameters
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("init", ["paper", "he"])
+@pytest.mark.parametrize(
+    ("dtype", "init"),
+    [
+        ("float64", "paper"),
+        ("float32", "he"),
+        pytest.param("float32", "paper", marks=pytest.mark.slow),
+        pytest.param("float64", "he", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("coupling", ["additive", "multiplicative", "affine", ("affine", "additive"), SPLINE])
 def test_check_gradients_passes_fresh_flows(dtype: str, init: str, coupling: str | tuple[str, ...]) -> None:
     flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, init=init, seed=3, coupling=coupling)
@@ -120,7 +127,7 @@ def test_check_gradients_passes_fresh_flows(dtype: str, init: str, coupling: str
 
 
 @pytest.mark.parametrize("partition", ["odd-even", "halves", (4, 1, 0, 2, 3)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_check_gradients_passes_every_partition(dtype: str, partition: str | tuple[int, ...]) -> None:
     flow = NICE(5, hidden=(6, 4), n_couplings=3, dtype=dtype, seed=3, coupling="affine", partition=partition)
     report = check_gradients(flow, np.random.default_rng(0).normal(size=(4, 5)))
@@ -128,6 +135,7 @@ def test_check_gradients_passes_every_partition(dtype: str, partition: str | tup
     assert report.log_det_error < 1e-8
 
 
+@pytest.mark.slow
 def test_check_gradients_draws_what_it_is_not_given() -> None:
     """Rows in the support of the preprocessing, and a context for all of them."""
     step = MarginLogit(np.zeros(4), np.ones(4), 0.01)
@@ -157,6 +165,7 @@ def test_check_gradients_samples_large_flows(one_backend: Backend, prior: str) -
     assert check_gradients(flow, x, max_checks=40, seed=1) != report
 
 
+@pytest.mark.slow
 def test_check_gradients_beside_kinks() -> None:
     """A fresh flow's biases are 0: a row of zeros puts every unit of the first layer exactly on its kink."""
     flow = NICE(4, hidden=(5, 5), n_couplings=3, seed=2)

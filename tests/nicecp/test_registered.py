@@ -132,6 +132,7 @@ def test_a_mistake_in_a_laws_own_parameter_is_found() -> None:
         check_gradients(make("shift", "mlp"), rows())
 
 
+@pytest.mark.slow
 def test_kinks_that_are_not_told_are_stepped_over() -> None:
     """With them the check passes rows beside kinks; the network's own word is what it goes by."""
     x = rows(40, seed=5)

@@ -292,7 +292,7 @@ def tracing() -> Iterator[None]:
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float64"])
+@pytest.mark.parametrize("kind", ["uint8", pytest.param("float64", marks=pytest.mark.slow)])
 def test_steps_allocate_nothing_that_grows(tracing: None, kind: str) -> None:
     n, d = 2000, 64  # a batch is a megabyte
     data = np.random.default_rng(0).integers(0, 256, (44 * n, d)).astype(kind)
