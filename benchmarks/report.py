@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.records import Row, ratio, read
-from benchmarks.report_text import HEAD, HOW, SECTIONS
+from benchmarks.report_text import HEAD, HOW, SECTIONS, TRIAL
 
 BASES = ("nicecp", "nicecp, log_prob")
 OTHER_WAY = {"depth": "it / store", "streaming": "it / memory"}  # where ratios are those to the base
@@ -137,6 +137,9 @@ def head(rows: list[Row]) -> list[str]:
         f"{machine['memory_gib']:.0f} GiB memory, {machine['system']}, Python {machine['python']}; {names}. Load "
         f"of the machine when parts began: {min(loads):.1f} to {max(loads):.1f}."
     )
+    suite = next((row for row in rows if row["part"] == "suite"), {})
+    about += f" The suite took {suite['seconds']:,} s." if suite else ""
+    trial = [*wrapped(TRIAL), ""] if suite.get("quick") else []
     return [
         "# Benchmarks", "",
 *wrapped(HEAD), "",
@@ -145,6 +148,7 @@ def head(rows: list[Row]) -> list[str]:
         "    make bench DATA=FOLDER    # a quarter of an hour; FOLDER holds mnist.h5, "
         "cms_zmumu.h5",
         "    python benchmarks/report.py bench-results    # this page", "",
+        *trial,
         *wrapped(about), "", *wrapped(HOW), "",
     ]  # fmt: skip
 

@@ -4,6 +4,10 @@ HEAD = """
 Made by `benchmarks/report.py` from the result files of one run of the suite; not to be edited by hand. Earlier runs,
 and what was wanted, are in [results.md](results.md).
 """
+TRIAL = """
+**This is a trial (`--quick`): a round or two of nicecp alone. It shows that the scripts work
+and says nothing about speed.**
+"""
 HOW = """
 Contestants live in processes of their own, on the same CPUs with the same number of threads, the same dtype and full
 precision of products; short pieces of work alternate between them, and who goes first changes from round to round.

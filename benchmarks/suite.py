@@ -12,6 +12,7 @@ Exit code 0 when every part ended well.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -132,6 +133,8 @@ def main() -> None:
         problem = run(part, parts[part], options.out, options.timeout)
         print(f"{problem or 'done'} ({time.monotonic() - began:.0f} s)", flush=True)
         failed += [part] if problem.startswith(("exit", "stopped")) else []
+    about = {"part": "suite", "quick": options.quick, "seconds": round(time.monotonic() - begin), "failed": failed}
+    (options.out / "suite.jsonl").write_text(json.dumps(about) + "\n")
     print(f"{time.monotonic() - begin:.0f} s; results in {options.out}; python benchmarks/report.py {options.out}")
     sys.exit(1 if failed else 0)
 
