@@ -37,6 +37,7 @@ failed=0
 part() { # part NAME SECONDS LOG COMMAND...
     local name=$1 limit=$2 log=$3 begin=$SECONDS code left=$((BUDGET - SECONDS))
     shift 3
+    [ "$device" = cuda ] || limit=$((3 * limit)) # a trial on a CPU, whose code may have to be compiled first
     [ "$left" -ge "$limit" ] || limit=$((left > 1 ? left : 1))
     printf '\n=== %s\n' "$name"
     # Into a file and not through a pipe, which a process that outlives the limit could hold open.
