@@ -91,11 +91,11 @@ def torch_step(couplings: int, batch: int, kind: str) -> Any:
 def serve(couplings: int, batch: int, law: str, kind: str) -> None:
     """A process of its own: its memory, then seconds of so many steps for every number that it is given."""
     if kind in TORCH:
-        torch_step(4, 8, kind)()
+        torch_step(2, 8, kind)()
         before = peak_memory()
         answer(torch_step(couplings, batch, kind), before)
         return
-    trainer_of(4, 8, law, kind).step()  # compiled code, BLAS's buffers
+    trainer_of(2, 8, law, kind).step()  # compiled code, BLAS's buffers
     before = peak_memory()
     trainer = trainer_of(couplings, batch, law, kind)
     with trainer.backend.computing():
