@@ -61,7 +61,7 @@ class Display(Callback):
             self._line(json.dumps(epoch_json(record, rate, progress.seconds_left)))
         else:
             averaged = record.average_log_likelihood
-            beside = "" if math.isnan(averaged) else f" (averaged {_nats(averaged)})"
+            beside = "" if averaged is None else f" (averaged {_nats(averaged)})"
             best = " *" if trainer.record.best_epoch == record.epoch and self._run.splits.valid is not None else ""
             self._unshown = (
                 f"epoch {record.epoch}/{progress.epochs}  train {_nats(record.train_log_likelihood)}  "

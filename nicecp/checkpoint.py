@@ -7,6 +7,7 @@ this module the training's part. Nothing in a file is ever run.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -167,7 +168,7 @@ def _run_tree(flow: NICE, parameters: Parameters, run: RunRecord) -> Tree:
     tree.arrays[history + "epoch"] = np.array([row.epoch for row in run.history], np.int64)
     for key in _HISTORY:
         tree.arrays[history + key] = np.array([getattr(row, key) for row in run.history], np.float64)
-    averages = np.array([row.average_log_likelihood for row in run.history], np.float64)
+    averages = np.array([row.average_log_likelihood for row in run.history], np.float64)  # None is NaN
     if not np.isnan(averages).all():
         tree.arrays[history + _AVERAGE] = averages
     events = "/training/events/"
@@ -201,8 +202,10 @@ def _read_run(reader: Reader) -> RunRecord:
         for key in (*_HISTORY, _AVERAGE)
         if key != _AVERAGE or reader.has(f"{history}/{_AVERAGE}")
     ]
-    table = zip(epochs.tolist(), *(column.tolist() for column in columns), strict=True)
-    run.history = [EpochRecord(*row) for row in table]
+    numbers_of = [column.tolist() for column in columns]
+    if len(columns) > len(_HISTORY):
+        numbers_of[-1] = [None if math.isnan(value) else value for value in numbers_of[-1]]
+    run.history = [EpochRecord(*row) for row in zip(epochs.tolist(), *numbers_of, strict=True)]
     events = at + "/events"
     numbers = reader.array(events + "/epoch", "int64", (None,))
     steps = reader.array(events + "/step", "int64", numbers.shape)

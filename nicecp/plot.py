@@ -156,14 +156,14 @@ def curve_figure(record: RunRecord) -> Figure:
     epochs = np.array([row.epoch for row in history])
     figure = new_figure(6, 4)
     axes = figure.add_subplot()
-    values: dict[str, Callable[[EpochRecord], float]] = {
+    values: dict[str, Callable[[EpochRecord], float | None]] = {
         "train": lambda row: row.train_log_likelihood,
         "validation": lambda row: row.valid_log_likelihood,
         "validation, averaged": lambda row: row.average_log_likelihood,
     }
     few = "." if len(history) < 30 else ""
     for label, value in values.items():
-        series = np.array([value(row) for row in history])
+        series = np.array([value(row) for row in history], np.float64)  # None is NaN
         if np.isfinite(series).any():
             axes.plot(epochs, series, label=label, marker=few, linewidth=1.2)
     best = record.best_valid_log_likelihood

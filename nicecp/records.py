@@ -33,7 +33,7 @@ class EpochRecord:
     valid_log_likelihood: float
     learning_rate: float
     seconds: float
-    average_log_likelihood: float = float("nan")  # of the averaged parameters on the validation set, if there are any
+    average_log_likelihood: float | None = None  # of the averaged parameters on the validation set, if there are any
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,14 @@ class Trainer:
         self.record.epoch = epoch
         averaged = self._keep_best(epoch, valid)
         self._epoch_seconds += time.perf_counter() - started
-        row = EpochRecord(epoch, train, valid, float(state[Slot.RATE]), self._epoch_seconds, averaged)
+        row = EpochRecord(
+            epoch,
+            train,
+            valid,
+            float(state[Slot.RATE]),
+            self._epoch_seconds,
+            None if math.isnan(averaged) else averaged,
+        )
         self.record.history.append(row)
         logger.info("epoch %d: train %.3f, validation %.3f nats", epoch, train, valid)
         for callback in self.callbacks:
