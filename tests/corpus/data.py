@@ -246,7 +246,7 @@ STRUCTURE: dict[str, tuple[Case, str]] = {
     "circle of groups": (hdf5(_cycle), ACCEPTED),
     "groups 40 deep": (hdf5(lambda file: file.update({"/".join("g" * 40) + "/x": TABLE})), "it holds no datasets"),
     "11,000 groups": (hdf5(_many), ACCEPTED),
-    "name that is no text": (hdf5(_odd_names), "it holds no datasets"),
+    "name that is no text": (hdf5(_odd_names), "no such dataset"),
     "soft link": (hdf5(lambda file: file.update({"a": TABLE, "train": h5py.SoftLink("/a")})), "soft or external link"),
     "dangling soft link": (hdf5(lambda file: file.update({"train": h5py.SoftLink("/a")})), "soft or external link"),
     "soft link to itself": (hdf5(lambda file: file.update({"train": h5py.SoftLink("/train")})), "soft or external"),
