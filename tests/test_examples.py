@@ -153,7 +153,7 @@ def test_example(name: str) -> None:
     pytest.importorskip(EXAMPLES[name])
     script = ROOT / "examples" / f"{name}.py"
     environment = {**os.environ, "PYTHONWARNINGS": "ignore::DeprecationWarning"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 1
 

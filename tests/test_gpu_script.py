@@ -32,8 +32,8 @@ def test_what_hangs_or_fails_does_not_stop_the_rest(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": str(stand_in), "BUDGET": "2"}
     began = time.monotonic()
     command = [str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
-    assert time.monotonic() - began < 20
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert time.monotonic() - began < 40
     assert done.returncode == 1
     lines = (tmp_path / "out" / "parts.txt").read_text().splitlines()
     parts = {line.split("\t")[0]: line.split("\t")[1] for line in lines}

@@ -35,12 +35,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
 def nicecp(*words: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("extra", {})
     command = [sys.executable, "-m", "nicecp", *words]
-    began = time.monotonic()
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False, **options
+    # Where a limit keeps Numba from its cache all is compiled anew: 40 s on a slow machine. This is for hangs only.
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False, **options
     )
-    assert time.monotonic() - began < 30  # of which most is for machines that are busy
-    return done
 
 
 def new_run(table: str, out: str, *more: str) -> list[str]:

@@ -61,7 +61,7 @@ def test_help_is_light_and_quick() -> None:
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
-    assert time.monotonic() - begin < 2.0
+    assert time.monotonic() - begin < 10
     code = (
         "import sys; from nicecp.cli.main import main; main(['train', '--help']); "
         "print([n for n in ('numpy', 'numba', 'h5py') if n in sys.modules])"

@@ -45,7 +45,7 @@ def start(ranks: int, words: list[str], folder: Path, code: str | None = None) -
 def run(ranks: int, words: list[str], folder: Path, code: str | None = None) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and our own lines on standard error."""
     process = start(ranks, words, folder, code)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("nicecp")]
 
 
@@ -98,7 +98,7 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(folder: Path)
     while "epoch 2/" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(children(process)[-1], signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     (line,) = [line for line in err.splitlines() if line.startswith("nicecp")]
     assert "stopped by SIGTERM after" in line
@@ -132,7 +132,7 @@ def test_one_rank_failing_ends_all_with_one_message(folder: Path, rank: int) -> 
     code, _, errors = run(2, [*FIFTY, "--out", f"failed{rank}.h5"], folder, FAIL.format(rank=rank))
     assert code == 2
     assert errors == ["nicecp: error: not enough memory (of this machine); use smaller settings"]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     assert not list(folder.glob(f"failed{rank}*"))
 
 

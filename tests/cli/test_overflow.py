@@ -42,7 +42,7 @@ def test_training_that_overflows(folder: Path, data: str, rate: str, said: str) 
     """In a process of its own, where NumPy's warnings would be shown: it ends, and says in words what happened."""
     command = [sys.executable, "-m", "nicecp", "train", "--data", data, "--lr", rate, *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     lines = done.stderr.splitlines()
     assert done.returncode == (2 if "nicecp: error: " in done.stderr else 0)
     assert all(line.startswith("nicecp: warning: epoch ") for line in lines[: -1 if done.returncode else None])

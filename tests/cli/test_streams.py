@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def shell(words: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
     command = f"{shlex.join([sys.executable, '-m', 'nicecp', *words])} {redirection}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def epochs_saved() -> int:
@@ -100,7 +100,7 @@ def test_a_signal_while_modules_are_loaded(folder: Path, module: str, number: in
         f"sys.exit(main({TRAIN!r}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 128 + number
     assert re.fullmatch(rf"nicecp: error: {words}.*nothing was saved\n", done.stderr)
     assert sorted(os.listdir()) == ["table.h5"]

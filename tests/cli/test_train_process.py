@@ -38,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with h5py.File(folder / "table.h5", "w") as file:
         file["train"] = np.random.default_rng(0).normal(size=(3000, 4))
     process = start(LONG + EPOCHS, folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("\nepoch ") == 40
     return folder
@@ -56,20 +56,20 @@ def test_interrupted_and_resumed(whole: Path, tmp_path: Path, number: int, code:
         assert process.poll() is None
     time.sleep(0.05)  # somewhere within an epoch
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code
     assert err.count("\n") == 1
     assert "to go on: nicecp train --resume run.h5" in err
     record, state = load_state(tmp_path / "run.state.h5")[1:]
     assert 2 <= record.epoch < 40
     process = start(["train", "--resume", "run.h5"], tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     steps = int(state.state[Slot.CURSOR])
     assert f"resumed after {record.epoch} epochs and {steps} step{'s' * (steps != 1)} of the next" in out
     assert model_bytes(tmp_path / "run.h5") == model_bytes(whole / "run.h5")
     process = start(["train", "--resume", "run.h5"], tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert "is finished already (40 epochs)" in err
 

@@ -32,7 +32,7 @@ def cache_hits(folder: Path, root: Path | None = None, **variables: str) -> int:
         **variables,
     }
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-P", "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -132,7 +132,7 @@ def test_several_callers_at_once() -> None:
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(timeout=60)
+        caller.join(timeout=300)
     assert totals == [500] * 4
 
 

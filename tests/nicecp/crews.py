@@ -11,7 +11,7 @@ import numpy as np
 
 from nicecp.parallel import Pending
 
-TIMEOUT = 60.0  # seconds until ranks that wait for one that has failed give up
+TIMEOUT = 300.0  # seconds until ranks that wait for one that has failed give up; more than compiling takes anywhere
 
 
 class Meeting:

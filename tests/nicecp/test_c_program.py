@@ -18,7 +18,7 @@ COMPILER = shlex.split(os.environ.get("CC", "cc"))[0]
 def run(**variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, str(ROOT / "examples" / "c_metropolis.py")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler: {COMPILER!r} is not there")

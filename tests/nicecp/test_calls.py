@@ -62,7 +62,7 @@ def test_two_threads_have_passes_of_their_own() -> None:
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(timeout=60)
+        caller.join(timeout=300)
     assert wrong == []
     with flow._calls.borrow("density", 3) as one, flow._calls.borrow("density", 3) as two:
         assert one.ws is not two.ws

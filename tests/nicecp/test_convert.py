@@ -190,7 +190,7 @@ except OutputError as error:
 """
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "x.h5': cannot be written (" in done.stdout

@@ -228,7 +228,7 @@ if __name__ == "__main__":
     assert np.array_equal(serial[0], serial[2])
     assert not np.array_equal(serial[0], serial[1])
     with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
-        found = pool.starmap_async(chain, tasks).get(timeout=60)
+        found = pool.starmap_async(chain, tasks).get(timeout=300)
         points = pool.map(flow.log_prob, rows[:20])
     for one, other in zip(found, serial, strict=True):
         assert np.array_equal(one, other)
@@ -246,7 +246,7 @@ def test_chains_in_worker_processes_are_the_serial_ones(tmp_path: Path, method: 
     program.write_text(POOLS)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(program), method]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "the same bits\n"
 
@@ -263,7 +263,7 @@ def test_points_from_four_threads_are_the_serial_ones(trained: NICE) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     for seed in range(4):
         assert len(found[seed]) == 10
         for states in found[seed]:

@@ -57,7 +57,7 @@ def test_no_check_is_left_out() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "SCIPY_ARRAY_API": "1"}, cwd=ROOT, check=True,
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert {name: status for name, status in found.items() if status != "passed"} == {}

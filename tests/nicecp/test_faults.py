@@ -87,7 +87,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(folder: Path, words: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | extra | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "nicecp", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 TRAIN = ["train", "--data", "t.h5", "--hidden", "8", "--couplings", "3", "--threads", "1"]
