@@ -12,9 +12,10 @@ usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit "$1"; }
 data="" device=cuda quick="" out=gpu-results
 while [ $# -gt 0 ]; do
     case $1 in
-        --data) data=$2; shift 2 ;;
-        --device) device=$2; shift 2 ;;
-        --out) out=$2; shift 2 ;;
+        --data | --device | --out)
+            [ $# -ge 2 ] || { echo "gpu.sh: $1 needs a value; see gpu.sh --help" >&2; exit 2; }
+            printf -v "${1#--}" '%s' "$2"
+            shift 2 ;;
         --quick) quick=--quick; shift ;;
         -h | --help) usage 0 ;;
         *) echo "gpu.sh: unknown option $1" >&2; usage 2 ;;
@@ -22,9 +23,13 @@ while [ $# -gt 0 ]; do
 done
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
+case $device in cpu | cuda) ;; *) echo "gpu.sh: --device is cuda or cpu, not $device" >&2; exit 2 ;; esac
+if [ -n "$data" ]; then
+    [ -f "$data" ] || { echo "gpu.sh: --data $data: there is no such file" >&2; exit 2; }
+    data=$(realpath "$data")
+fi
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-[ -z "$data" ] || data=$(realpath "$data")
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # What is compiled on the way stays in the folder of this run: a bare machine has nothing, and nothing is left behind.
 export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$out/cache/numba}" CUPY_CACHE_DIR="${CUPY_CACHE_DIR:-$out/cache/cupy}"

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.machine import describe
+from nicecp.kernels import detect
 
 PAPER, BEST_FOUND = 1980.50, 1933.89  # nats per image: the paper's, and the best reproduction found published
 SPARE = 30.0  # seconds at a chunk's end in which nothing new is begun
@@ -206,6 +207,10 @@ def main() -> int:
     rows = tuple(known[name] for name in options.rows.split(","))
     if options.device == "cpu":
         rows = tuple(row for row in rows if "tf32" not in row.options)
+    if not Path(options.data).is_file():  # before a row is begun: a row that fails is not tried again
+        parser.error(f"--data {options.data}: there is no such file")
+    if options.device == "cuda" and (missing := detect.problem()):
+        parser.error(f"--device cuda: {missing}")
     work = Reproduction(options)
     finished = True
     for row in rows:

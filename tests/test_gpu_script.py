@@ -43,3 +43,23 @@ def test_what_hangs_or_fails_does_not_stop_the_rest(tmp_path: Path) -> None:
     assert "killed: it took too long" in report
     assert "failed (exit code 7)" in report
     assert "no kernels today" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("gpu.sh", ["--data"], "gpu.sh: --data needs a value; see gpu.sh --help"),
+        ("gpu.sh", ["--data", "nofile"], "gpu.sh: --data nofile: there is no such file"),
+        ("gpu.sh", ["--device", "gpu"], "gpu.sh: --device is cuda or cpu, not gpu"),
+        ("reproduce.sh", ["mnist", "--data", "nofile"], "reproduce.sh: error: --data nofile: there is no such file"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    tmp_path: Path, script: str, words: list[str], message: str
+) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(SCRIPT.with_name(script)), *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == message
+    assert list(tmp_path.iterdir()) == []
