@@ -69,7 +69,7 @@ def test_a_file_that_hangs_hdf5_is_refused_in_time(path: str) -> None:
     began = time.monotonic()
     with pytest.raises(DataError, match=r"x\.h5': the file is damaged or made to hang its reader .*h5repack"):
         open_splits(path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # 2 on a machine with nothing else to do
 
 
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGSEGV, "crashed HDF5: SIGSEGV"), (signal.SIGKILL, "to hang")])
