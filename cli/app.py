@@ -45,6 +45,7 @@ Each command has its own --help.
 """
 MISTAKE = 1
 USAGE_ERROR = 2
+LONGEST = 1000  # characters of a message
 BROKEN_PIPE = 141  # as a shell reports a program ended by SIGPIPE
 
 
@@ -160,5 +161,8 @@ def _sentence(message: str) -> str:
 
 def fail(message: str, code: int = USAGE_ERROR) -> int:
     """One line on standard error -> the exit code."""
-    note(printable(f"nicecp: error: {' '.join(message.split())}"), error=True)
+    line = printable(f"nicecp: error: {' '.join(message.split())}")
+    if len(line) > LONGEST:  # what was given is in it, and may be of any length
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    note(line, error=True)
     return code

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nicecp.cli.options import command, data_name, debug_option
+from nicecp.errors import printable
 
 if TYPE_CHECKING:
     from nicecp.convert import Written
@@ -59,7 +60,7 @@ def data() -> None:
 def _say(written: Written) -> None:
     """One line about what was written."""
     shapes = ", ".join(f"{name} {'x'.join(str(size) for size in shape)}" for name, shape in written.shapes.items())
-    click.echo(f"{written.path}: {shapes}")
+    click.echo(printable(f"{written.path}: {shapes}"))
     if written.verified:
         click.echo(f"as published, by checksum: {', '.join(written.verified)}")
 

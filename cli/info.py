@@ -16,6 +16,7 @@ EXAMPLES = """\
   nicecp info mnist.h5 --json
 """
 _LISTED = 24  # names of columns
+EVENTS = 100  # of a run, that are shown
 
 
 @command("info", EXAMPLES)
@@ -73,7 +74,10 @@ def _checkpoint(found: dict[str, Any]) -> str:
             rows.append((f"{name} from", str(training["config"][name]) or "an array"))
     rows.append(("seed, threads", f"{training['seed']}, {training['threads']}"))
     rows.append(("versions", ", ".join(f"{name} {text}" for name, text in training["versions"].items())))
-    rows += [(f"event, epoch {event['epoch']}", f"{event['kind']}: {event['message']}") for event in training["events"]]
+    events = training["events"]
+    if len(events) > EVENTS:
+        rows.append(("events", f"{len(events)}, the last {EVENTS} of them:"))
+    rows += [(f"event, epoch {event['epoch']}", f"{event['kind']}: {event['message']}") for event in events[-EVENTS:]]
     lines = [table(rows)]
     if training["history"]:
         lines.append("  epoch       train       valid        rate   seconds")

@@ -26,6 +26,7 @@ from nicecp.files import reason, write_bytes
 from nicecp.hdf5_open import check_regular, one_line
 from nicecp.outputs import check_output
 from nicecp.sources import check_finite, check_size
+from nicecp.unpacking import check_unpacked
 
 BLOCK_BYTES = 2**22  # read and written at a time
 _CHUNK_BYTES = 2**18  # of the datasets
@@ -196,6 +197,15 @@ def write_demo(path: str | os.PathLike[str], overwrite: bool = False) -> Written
 # --- text tables ----------------------------------------------------------------------------------------
 
 
+class _Gzip(gzip.GzipFile):
+    """Says how much it unpacks to before that is much more than the file."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        check_unpacked(str(self.name), self.tell())
+        return data
+
+
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
     """A regular file, unpacked on the way if it is gzip; what the system or gzip says becomes a DataError."""
@@ -205,7 +215,7 @@ def reading(path: str) -> Iterator[BinaryIO]:
             magic = raw.read(2)
             raw.seek(0)
             if magic == b"\x1f\x8b":
-                with gzip.open(raw) as unpacked:
+                with _Gzip(fileobj=raw) as unpacked:
                     yield cast(BinaryIO, unpacked)
             else:
                 yield raw

@@ -23,10 +23,12 @@ from typing import IO
 
 from nicecp.errors import DataError, about_file
 from nicecp.hdf5_open import check_regular, one_line
+from nicecp.unpacking import check_unpacked, unpacked_limit
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 TIMEOUT = 60.0  # seconds without an answer
 MAX_BYTES = 2**33  # of one file in an archive or of a download: the largest that is known has 1.3 GB
+MAX_MEMBERS = 10_000  # of an archive
 _BLOCK = 2**20
 _DEPTH = 2  # folders below the one given that are searched: archives unpack to one
 
@@ -92,45 +94,56 @@ def _in_folder(folder: str, names: Sequence[str]) -> dict[str, str]:
         if os.path.relpath(here, folder).count(os.sep) >= _DEPTH:
             folders.clear()
         for name in sorted(files):
-            if name in names:
-                found.setdefault(name, os.path.join(here, name))
+            if name in names and name not in found:
+                check_regular(os.path.join(here, name))
+                found[name] = os.path.join(here, name)
     return found
 
 
 def _unpack(archive: str, names: Sequence[str], folder: str) -> dict[str, str]:
     """Regular members of these names into a folder, under their names alone."""
     found: dict[str, str] = {}
+    limit = min(MAX_BYTES, unpacked_limit(archive))
     try:
         if archive.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as packed:
-                for info in packed.infolist():
+                for count, info in enumerate(packed.infolist()):
+                    _check_count(count, archive)
                     name = info.filename.rpartition("/")[2]
                     if name in names and name not in found:
                         with packed.open(info) as stream:
-                            found[name] = _keep(stream, os.path.join(folder, name), archive)
+                            found[name] = _keep(stream, os.path.join(folder, name), archive, limit)
         else:
             with tarfile.open(archive, "r:*") as tar:
-                for member in tar:
+                for count, member in enumerate(tar):
+                    _check_count(count, archive)
                     name = member.name.rpartition("/")[2]
                     if name in names and name not in found and member.isreg():
                         extracted = tar.extractfile(member)
                         if extracted is not None:
                             with extracted:
-                                found[name] = _keep(extracted, os.path.join(folder, name), archive)
+                                found[name] = _keep(extracted, os.path.join(folder, name), archive, limit)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile, RuntimeError) as error:
         problem = f"the archive is damaged ({one_line(error)})"
         raise DataError(about_file(archive, problem, "copy or download it again")) from None
     return found
 
 
-def _keep(stream: IO[bytes], path: str, where: str) -> str:
+def _check_count(count: int, archive: str) -> None:
+    if count >= MAX_MEMBERS:
+        raise DataError(
+            about_file(archive, f"it has more than {MAX_MEMBERS} members", "give the archive of the data set")
+        )
+
+
+def _keep(stream: IO[bytes], path: str, where: str, limit: int = MAX_BYTES) -> str:
     """Copy a stream into a file -> its path."""
     size = 0
     with open(path, "wb") as file:
         while block := stream.read(_BLOCK):
             size += len(block)
-            if size > MAX_BYTES:
-                problem = f"{os.path.basename(path)!r} is larger than {MAX_BYTES >> 30} GiB"
+            if size > limit:
+                problem = f"{os.path.basename(path)!r} is larger than {limit >> 20} MiB"
                 raise DataError(about_file(where, problem, "give the files of the data set"))
             file.write(block)
     return path
@@ -221,6 +234,8 @@ def _md5(path: str, packed: bool) -> tuple[str, int]:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 count += len(block)
+                if packed:
+                    check_unpacked(path, count)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         problem = f"its gzip data are truncated or damaged ({one_line(error)})"
         raise DataError(about_file(path, problem, "copy or download it again")) from None

@@ -20,6 +20,9 @@ FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLE
 COMPRESSORS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_LZF: "lzf"}
 MAX_FILTERS = 4
 MAX_CHUNK_BYTES = 2**27  # unpacking takes several times as much
+# A table of two dimensions that is larger than this must not be packed to less than a part of it: pictures and numbers
+# pack to a half or a tenth, and a file of some kilobytes must not cost a minute.
+SUSPICIOUS_BYTES, MAX_RATIO = 2**26, 256
 MAX_CHUNKS = 2**18  # half a second to go through; 256 GB in chunks of 1 MB
 _CACHE_BYTES = 2**26  # of unpacked chunks that are kept
 _DEFLATE = h5py.h5z.FILTER_DEFLATE
@@ -96,6 +99,10 @@ class Chunks:
         missing = int((sizes < 0).sum())
         if missing:
             raise Unusable(f"only {count - missing} of its {count} chunks were ever written", "write the file again")
+        whole, stored = self.bytes * count, int(sizes.sum())
+        if len(self._shape) > 1 and whole > SUSPICIOUS_BYTES and whole > MAX_RATIO * stored:
+            problem = f"its {whole >> 20} MiB are packed into {stored / 2**20:.2g} MiB: hardly anything but repetitions"
+            raise Unusable(problem, "unpack it if you trust it (h5repack -f NONE)")
         self._masks = masks
         for place in np.flatnonzero(~self._plausible(sizes)):
             problem = f"chunk {self._name(int(place))} is stored in {sizes[place]} bytes"

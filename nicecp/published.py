@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nicecp.convert import Written, idx_to_hdf5, new_dataset, new_file
 from nicecp.errors import DataError, about_file
 from nicecp.fetch import local_files, stem_of
-from nicecp.hdf5_open import one_line
+from nicecp.matlab_files import read_matlab
 
 StrPath = str | os.PathLike[str]
 Bytes = NDArray[np.uint8]
@@ -28,7 +28,8 @@ CIFAR10_PICKLED = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat", "extra_32x32.mat")
 TFD_FILES = ("TFD_48x48.mat",)
 
-_CIFAR_ROW = 1 + 3 * 32 * 32
+_CIFAR_ROW = 1 + 3 * 32 * 32  # bytes
+_CIFAR_ROWS = 10_000  # in a batch
 SVHN_VALID = {"train": 400, "extra": 200}  # of each class, the first ones in file order
 SVHN_SPLITS = ("clean", "code")
 _ROWS = 4096  # converted at a time
@@ -81,11 +82,11 @@ def cifar10_to_hdf5(source: StrPath, path: StrPath, overwrite: bool = False) -> 
 
 def _cifar_batch(path: str) -> Bytes:
     """(n, 3073) rows of a binary batch."""
-    data = np.fromfile(path, np.uint8)
-    if not len(data) or len(data) % _CIFAR_ROW:
-        problem = f"{len(data)} bytes are not rows of {_CIFAR_ROW}"
+    size = os.path.getsize(path)
+    if not size or size % _CIFAR_ROW or size > _CIFAR_ROWS * _CIFAR_ROW:
+        problem = f"{size} bytes are not 1 to {_CIFAR_ROWS} rows of {_CIFAR_ROW}"
         raise DataError(about_file(path, problem, "give a binary batch of CIFAR-10, downloaded whole"))
-    rows = data.reshape(-1, _CIFAR_ROW)
+    rows = np.fromfile(path, np.uint8).reshape(-1, _CIFAR_ROW)
     if rows[:, 0].max() > 9:
         raise DataError(
             about_file(path, f"it has the label {rows[:, 0].max()}", "give CIFAR-10, whose labels are 0..9")
@@ -134,7 +135,7 @@ def svhn_to_hdf5(source: StrPath, path: StrPath, overwrite: bool = False, split:
 
 def _svhn(path: str) -> tuple[Bytes, Bytes]:
     """X (32, 32, 3, n) and y (n, 1) of a file, in which 10 is the digit 0 -> (n, 32, 32, 3) and (n,)."""
-    found = _matlab(path, ("X", "y"))
+    found = read_matlab(path, ("X", "y"))
     images, labels = found["X"], found["y"].ravel()
     if (
         images.ndim != 4
@@ -163,7 +164,7 @@ def tfd_to_hdf5(source: StrPath, path: StrPath, overwrite: bool = False, fold: i
     """
     with local_files(os.fspath(source), TFD_FILES) as given:
         where = next(iter(given.paths.values()))
-        found = _matlab(where, ("images", "folds", "labs_ex"))
+        found = read_matlab(where, ("images", "folds", "labs_ex"))
         images, folds, labels = found["images"], found["folds"], found["labs_ex"].ravel()
         n = len(images)
         if images.ndim != 3 or images.shape[1:] != (48, 48) or images.dtype != np.uint8 or len(labels) != n:
@@ -184,27 +185,6 @@ def tfd_to_hdf5(source: StrPath, path: StrPath, overwrite: bool = False, fold: i
                 raise DataError(about_file(where, f"fold {fold} has no training images", "choose another --fold"))
             file.attrs["image_shape"] = np.array(result.image_shape)
     return result
-
-
-def _matlab(path: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Arrays of a MATLAB 5 file; DataError for another format, damage or missing names."""
-    from scipy.io import loadmat
-
-    try:
-        found = loadmat(path, variable_names=list(names))
-    except NotImplementedError:
-        remedy = "save it by MATLAB with -v7, or give the official file"
-        raise DataError(about_file(path, "it is a MATLAB 7.3 file", remedy)) from None
-    except Exception as error:  # what the reader meets in a damaged file is of many kinds
-        if isinstance(error, MemoryError):
-            raise
-        problem = f"it is no MATLAB 5 file, or damaged ({one_line(error)})"
-        raise DataError(about_file(path, problem, "copy or download it again")) from None
-    missing = [name for name in names if not isinstance(found.get(name), np.ndarray)]
-    if missing or any(found[name].dtype.kind not in "iuf" for name in names):
-        problem = f"it has no array of numbers {missing[0]!r}" if missing else "its arrays are not numbers"
-        raise DataError(about_file(path, problem, "give the official file"))
-    return {name: found[name] for name in names}
 
 
 def _write(file: h5py.File, result: Written, role: str, images: NDArray[Any], labels: NDArray[Any]) -> None:

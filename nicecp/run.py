@@ -237,7 +237,9 @@ class Run:
             flow.spec, state.parameters, flow.preprocessing, flow.info, context=flow.context, backend=backend
         )
         if plain_data(data) is None:
-            data = replace(data, data=record.config.get("data")) if data is not None else record.config.get("data")
+            recorded = record.config.get("data")
+            recorded = recorded if isinstance(recorded, str) else None  # the file may say anything
+            data = replace(data, data=recorded) if data is not None else recorded
         data = from_record(data, record.config)
         if (isinstance(plain_data(data), str) and not plain_data(data)) or plain_data(data) is None:
             raise CheckpointError(about_file(state_file, "does not say where its data are", "pass --data"))

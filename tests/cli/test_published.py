@@ -240,7 +240,7 @@ def test_refused_batches(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     third = folder / "c" / "data_batch_3.bin"
     whole = third.read_bytes()
     third.write_bytes(whole[:-1])
-    refused(["cifar10", "c"], capsys, "data_batch_3.bin", "12291 bytes are not rows of 3073")
+    refused(["cifar10", "c"], capsys, "data_batch_3.bin", "12291 bytes are not 1 to 10000 rows of 3073")
     third.write_bytes(b"\x0b" + whole[1:])
     refused(["cifar10", "c"], capsys, "data_batch_3.bin", "it has the label 11")
     third.unlink()
@@ -321,9 +321,14 @@ def test_refused_matlab_files(folder: Path, capsys: pytest.CaptureFixture[str]) 
     savemat("test_32x32.mat", {"X": "text", "y": y})
     refused(["svhn", "."], capsys, "test_32x32.mat", "its arrays are not numbers")
     data = Path("train_32x32.mat").read_bytes()
-    for broken in (data[:300], b"no MATLAB at all", b""):
-        Path("test_32x32.mat").write_bytes(broken)
-        refused(["svhn", "."], capsys, "test_32x32.mat", "MATLAB 5 file, or damaged")
+    broken = {
+        "it has no array of numbers 'y'": data[:300],
+        "MATLAB 5 file, or damaged": b"no MATLAB at all",
+        "it is empty (0 bytes)": b"",
+    }
+    for problem, content in broken.items():
+        Path("test_32x32.mat").write_bytes(content)
+        refused(["svhn", "."], capsys, "test_32x32.mat", problem)
     with h5py.File("test_32x32.mat", "w", userblock_size=512) as file:  # as MATLAB 7.3 writes them
         file["X"] = x
     head = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"

@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-from nicecp.checkpoint import load_run
+from nicecp.checkpoint import load_run, load_state, save_state, state_path
 from nicecp.cli.main import main
 from nicecp.presets import Settings
-from tests.nicecp.runs import model_bytes
+from nicecp.records import Event
+from tests.nicecp.runs import model_bytes, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--hidden", "6", "--couplings", "3", "--batch-size", "20", "--threads", "1"]
@@ -328,3 +329,19 @@ def test_the_plan_of_a_published_file(folder: Path, capsys: pytest.CaptureFixtur
     plan = json.loads(out)
     assert plan["flops"] == 2 * 20 * (3 * 4 * 2 * 6 * 8 - 6 * 8) + 2 * 20 * 12 * 12  # and the whitening's product
     assert not Path("run.h5").exists()
+
+
+def test_info_shows_the_last_of_many_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run.h5")
+    assert (
+        main(["train", "--data", write_table(tmp_path / "t.h5"), "--out", out, "--hidden", "4", "--epochs", "1"]) == 0
+    )
+    flow, record, state = load_state(state_path(out))
+    record.events += [Event(1, n, "skipped", f"number {n}") for n in range(250)]
+    save_state(state_path(out), flow, record, state)
+    capsys.readouterr()
+    assert main(["info", state_path(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("skipped: number ") == 100
+    assert "250, the last 100 of them:" in shown
+    assert "number 249" in shown

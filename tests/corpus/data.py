@@ -331,8 +331,15 @@ def _chunked(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Case:
     return hdf5(lambda file: file.create_dataset("train", shape, "f8", chunks=chunks))
 
 
-def _growing(file: h5py.File) -> None:
-    file.create_dataset("train", data=TABLE, maxshape=(None, None), chunks=(7, 2))
+def _repeated(shape: tuple[int, int], rows: int, dtype: str) -> Case:
+    """Zeros, each chunk the same packed bytes: a small file of a large table."""
+
+    def build(file: h5py.File) -> None:
+        data = file.create_dataset("train", shape, dtype, chunks=(rows, shape[1]), compression="gzip")
+        for row in range(0, shape[0], rows):
+            data.id.write_direct_chunk((row, 0), zlib.compress(bytes(rows * shape[1] * data.dtype.itemsize)))
+
+    return hdf5(build)
 
 
 def _part(file: h5py.File) -> None:
@@ -355,6 +362,8 @@ STORAGE: dict[str, tuple[Case, str]] = {
     "gzip of too little": (chunk(zlib.compress(_WANT[:-8]), **_GZIP), "unpacks to 32760 bytes instead of 32768"),
     "gzip of nothing": (chunk(zlib.compress(b""), **_GZIP), "unpacks to 0 bytes"),
     "gzip of too much": (chunk(zlib.compress(_WANT + bytes(8)), **_GZIP), "unpacks to 32769 bytes"),
+    "zeros by the gigabyte": (_repeated((2**18, 512), 2**13, "f8"), "1024 MiB are packed into 1"),
+    "zeros by the row": (_repeated((2**25, 3), 2**20, "u1"), "96 MiB are packed into 0.09"),
     "gzip bomb": (chunk(zlib.compress(bytes(2**25), 9), **_GZIP), "unpacks to 32769|is stored in"),
     "gzip cut": (chunk(zlib.compress(_WANT)[:-900], **_GZIP), "unpacks to"),
     "gzip of noise": (chunk(b"\xff" * 99, **_GZIP), "cannot be unpacked"),
@@ -373,7 +382,9 @@ STORAGE: dict[str, tuple[Case, str]] = {
     "six filters": (filtered(*[(_S, _OPTIONAL, ()), (_F, _OPTIONAL, ())] * 3), "6 filters, more than 4"),
     "compact": (typed(_T.NATIVE_DOUBLE), ACCEPTED),
     "growing, newest index": (
-        hdf5(_growing, libver="latest"),
+        hdf5(
+            lambda file: file.create_dataset("train", data=TABLE, maxshape=(None, None), chunks=(7, 2)), libver="latest"
+        ),
         ACCEPTED,
     ),
     "growing one way, newest index": (

@@ -293,3 +293,14 @@ def test_arrays_train_as_files_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say where its data are; pass --data"):
         Run.resume(tmp_path / "images.h5")
     assert load(tmp_path / "images.h5").info.image_shape == (4, 3)
+
+
+@pytest.mark.parametrize("odd", [7, True, {"a": 1}, [], ""])
+def test_a_record_may_say_anything_about_its_data(tmp_path: Path, odd: Any) -> None:
+    out = tmp_path / "run.h5"
+    train(write_table(tmp_path / "table.h5"), out, epochs=1)
+    flow, record, state = load_state(state_path(out))
+    record.config["data"] = odd
+    save_state(state_path(out), flow, record, state)
+    with pytest.raises(CheckpointError, match=r"run\.state\.h5': does not say where its data are; pass --data"):
+        Run.resume(out)
