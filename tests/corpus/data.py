@@ -342,6 +342,10 @@ def _repeated(shape: tuple[int, int], rows: int, dtype: str) -> Case:
     return hdf5(build)
 
 
+def _newest(**options: Any) -> Case:
+    return hdf5(lambda file: file.create_dataset("train", data=TABLE, **options), libver="latest")
+
+
 def _part(file: h5py.File) -> None:
     file.create_dataset("train", (10, 3), "f8", chunks=(5, 3))[:5] = 1
 
@@ -381,20 +385,9 @@ STORAGE: dict[str, tuple[Case, str]] = {
     "gzip twice": (filtered((_D, _OPTIONAL, (4,)), (_D, _OPTIONAL, (4,))), "more than once"),
     "six filters": (filtered(*[(_S, _OPTIONAL, ()), (_F, _OPTIONAL, ())] * 3), "6 filters, more than 4"),
     "compact": (typed(_T.NATIVE_DOUBLE), ACCEPTED),
-    "growing, newest index": (
-        hdf5(
-            lambda file: file.create_dataset("train", data=TABLE, maxshape=(None, None), chunks=(7, 2)), libver="latest"
-        ),
-        ACCEPTED,
-    ),
-    "growing one way, newest index": (
-        hdf5(lambda file: file.create_dataset("train", data=TABLE, maxshape=(None, 3), chunks=(7, 3)), libver="latest"),
-        ACCEPTED,
-    ),
-    "one chunk, newest index": (
-        hdf5(lambda file: file.create_dataset("train", data=TABLE, chunks=(60, 3), **_GZIP), libver="latest"),
-        ACCEPTED,
-    ),
+    "growing, newest index": (_newest(maxshape=(None, None), chunks=(7, 2)), ACCEPTED),
+    "growing one way, newest index": (_newest(maxshape=(None, 3), chunks=(7, 3)), ACCEPTED),
+    "one chunk, newest index": (_newest(chunks=(60, 3), **_GZIP), ACCEPTED),
     "pages": (hdf5(lambda file: file.update({"train": TABLE}), fs_strategy="page"), ACCEPTED),
 }
 
