@@ -88,8 +88,7 @@ class Torch:
         self.dtype = getattr(torch, case.dtype)
         self.data = self.tensors(case.data())
         self.index = torch.from_numpy(batch_indices(case))
-        compiled_loss = torch.compile(self._loss) if compiled else self._loss
-        self.loss = lambda x0, x1: compiled_loss(x0, x1, self.layers, self.scale)
+        self._function = torch.compile(self._loss) if compiled else self._loss
         self.at = 0
         self.reset()
 
@@ -123,6 +122,10 @@ class Torch:
             h = part * torch.exp(scale)
             log_prob = log_prob - (h + 2.0 * torch.nn.functional.softplus(-h)).sum(1).mean() + scale.sum()
         return -log_prob
+
+    def loss(self, *parts: Any) -> Any:
+        """Of what ``tensors`` gives."""
+        return self._function(*parts, self.layers, self.scale)
 
     def _train_on(self, *parts: Any) -> Any:
         self.optimizer.zero_grad(set_to_none=True)
@@ -187,7 +190,7 @@ class TorchLibrary(Torch):
         self.model = build(self.library, self.case)
         self._optimize(list(self.model.parameters()))
 
-    def _loss(self, x: Any) -> Any:  # type: ignore[override]
+    def loss(self, x: Any) -> Any:
         return -self.model.log_prob(x).mean()
 
     def about(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py._objects import phil
 from numpy.typing import NDArray
 
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
@@ -149,7 +150,7 @@ class Chunks:
         """One chunk : lengths, of gzip with or without shuffle, or without filters."""
         place = int(np.ravel_multi_index(cells, self._grid))
         offset = self._name(place)
-        mask, raw = self._dataset.read_direct_chunk(offset)
+        mask, raw = self._raw(offset)
         deflate = len(self._filters) - 1  # the last one, if there is any
         try:
             data = raw if deflate < 0 or mask >> deflate & 1 else zlib.decompressobj().decompress(raw, self.bytes + 1)
@@ -162,6 +163,12 @@ class Chunks:
             data = np.frombuffer(data, np.uint8).reshape(self._dtype.itemsize, -1).T.tobytes()
         return np.frombuffer(data, self._dtype).reshape(self._lengths)
 
+    def _raw(self, offset: tuple[int, ...]) -> tuple[int, bytes]:
+        """A chunk as it is stored, and the mask of filters that it was not put through."""
+        with phil:  # before 3.16 h5py does not lock this call
+            mask, raw = self._dataset.read_direct_chunk(offset)
+        return mask, raw
+
     def verify(self, start: int, stop: int) -> None:
         """Unpack the chunks of rows start..stop-1 that were not yet, and drop the result; Unusable if one is short."""
         if not COMPRESSORS.keys() & set(self._filters):
@@ -172,7 +179,7 @@ class Chunks:
             for cells in itertools.product(*(range(cells) for cells in self._grid[1:])):
                 place = int(np.ravel_multi_index((row, *cells), self._grid))
                 offset = self._name(place)
-                mask, raw = self._dataset.read_direct_chunk(offset)
+                mask, raw = self._raw(offset)
                 if mask != self._masks[place]:
                     raise Unusable(f"chunk {offset} changed while it was read", "wait until the file is written")
                 self._check_length(offset, mask, raw)

@@ -6,10 +6,10 @@ import contextlib
 import os
 import re
 import stat
-import threading
 from collections.abc import Iterator
 
 import h5py
+from h5py._objects import phil
 
 from nicecp import probe
 from nicecp.errors import DataError, about_file
@@ -17,7 +17,6 @@ from nicecp.errors import DataError, about_file
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
-_plugins = threading.Lock()
 _paths: list[bytes] = []
 _users = 0
 
@@ -26,10 +25,11 @@ _users = 0
 def plugins_off() -> Iterator[None]:
     """HDF5 loads no plugins meanwhile; its path of plugins, the host program's affair, is put back afterwards.
 
-    For a filter that it does not know HDF5 would load every shared object in the folders on that path.
+    For a filter that it does not know HDF5 would load every shared object in the folders on that path. phil is the lock
+    that h5py holds during calls of HDF5, which threads must not make at once; around those of h5py.h5pl it does not.
     """
     global _users
-    with _plugins:
+    with phil:
         if _users == 0:
             _paths[:] = [h5py.h5pl.get(i) for i in range(h5py.h5pl.size())]
             while h5py.h5pl.size():
@@ -38,7 +38,7 @@ def plugins_off() -> Iterator[None]:
     try:
         yield
     finally:
-        with _plugins:
+        with phil:
             _users -= 1
             if _users == 0:
                 for path in _paths:

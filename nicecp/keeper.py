@@ -115,7 +115,7 @@ class Keeper(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         if self._run.stopped_by is not None:  # a signal that came before the loop began
-            trainer.request_stop()
+            trainer.request_stop(self._run.stopped_by)
         self._run.begun = True
         now = self._clock()
         if self._first is None:

@@ -9,6 +9,7 @@ on with those in front of them.
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -156,13 +157,13 @@ class SharedStep:
             start()
             self._begun(self._all, self._sent).wait()
             self._hear()
-            sums: list[Pending] = []
-            for bucket, part, _ in parts:
+            begun: deque[tuple[Pending, Callable[[], None]]] = deque()
+            for bucket, part, update in parts:
                 part()
-                for pending in sums:
-                    pending.poll()
-                sums.append(self._begin_sum(bucket.range))
-            for pending, (_, _, update) in zip(sums, parts, strict=True):
+                begun.append((self._begin_sum(bucket.range), update))
+                while begun and begun[0][0].poll():
+                    begun.popleft()[1]()
+            for pending, update in begun:
                 pending.wait()
                 update()
             end()
@@ -222,8 +223,9 @@ class _Staged:
         self._host = backend.copy_out(out if part is None else part)
         self._pending = communicator.begin_sum(self._host)
 
-    def poll(self) -> None:
+    def poll(self) -> bool:
         self._pending.poll()
+        return False  # it has to be taken back to the device, which ``wait`` does
 
     def wait(self) -> None:
         self._pending.wait()

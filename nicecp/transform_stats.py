@@ -16,6 +16,7 @@ FloatArray = NDArray[np.float64]
 FEW_ROWS = 500  # below, a quantile spline would follow the noise
 ATOM_ROWS, ATOM_SHARE, ATOM_RATIO = 10, 1e-3, 10.0  # rows and share of one value, and times as many as its neighbours
 COARSE = 0.9  # fewer different values than this share of the rows
+SPARSE = 20.0  # sites of a grid for each value on it: the grid is not what the values were recorded on
 _NORMAL = 0.02  # distance of distribution functions beyond what chance gives: such a column needs no transform
 _OUTLIER = 6.0  # standard deviations
 _HEAVY = 4.0  # tail index below which a kurtosis does not exist
@@ -43,13 +44,18 @@ class Column:
     atom: float
     atom_share: float
     distance: float
-    lean: float  # skewness that no outlier moves: (q95 + q5 - 2 median) / (q95 - q5)
     reach: float  # of the farthest value, in standard deviations from the mean
+    sites: float  # multiples of the step for each different value, between the quartiles
 
     @property
     def coarse(self) -> bool:
-        """Recorded to so few digits that values repeat."""
-        return bool(self.step) and self.different < COARSE
+        """Recorded in steps so wide that values repeat."""
+        return bool(self.step) and self.different < COARSE and self.sites <= SPARSE
+
+    @property
+    def few_digits(self) -> bool:
+        """Recorded to so few significant digits that values repeat: small numbers in small steps, large in large."""
+        return bool(self.step) and self.different < COARSE and self.sites > SPARSE
 
     def summary(self) -> str:
         """'skewness 1.9, excess kurtosis 16, tail index 3.1, 2 % of rows repeat a value, 4.26 to 269'."""
@@ -78,6 +84,7 @@ def look_at(values: FloatArray, dtype: DTypeLike, weights: FloatArray | None = N
     z = (ordered - middle) / (spread or 1.0)
     different, counts = np.unique(ordered, return_counts=True)
     atom, atom_share = _atom(different, counts)
+    step = recorded_step(different, dtype)
     distance = float(np.abs(ndtr(z) - place).max(initial=0.0))
     return Column(
         rows=round(n),
@@ -87,18 +94,20 @@ def look_at(values: FloatArray, dtype: DTypeLike, weights: FloatArray | None = N
         kurtosis=float(share @ z**4) - 3.0,
         tail=_tail_index(ordered, share, place),
         different=len(different) / len(ordered),
-        step=recorded_step(different, dtype),
+        step=step,
         atom=atom,
         atom_share=atom_share,
         distance=max(0.0, distance - 1.4 / math.sqrt(n)),
-        lean=_lean(ordered, place),
         reach=float(np.abs(z).max(initial=0.0)),
+        sites=_sites(ordered, different, step),
     )
 
 
-def _lean(ordered: FloatArray, place: FloatArray) -> float:
-    low, middle, high = (float(q) for q in np.interp([0.05, 0.5, 0.95], place, ordered))
-    return (high + low - 2.0 * middle) / (high - low) if high > low else 0.0
+def _sites(ordered: FloatArray, different: FloatArray, step: float) -> float:
+    """Places of a grid between the quartiles, for each value that is there."""
+    low, high = np.quantile(ordered, [0.25, 0.75])
+    there = int(((different >= low) & (different <= high)).sum())
+    return float((high - low) / step + 1.0) / max(1, there) if step else 0.0
 
 
 def _tail_index(ordered: FloatArray, share: FloatArray, place: FloatArray) -> float:
@@ -154,20 +163,17 @@ def choose(column: Column, name: str) -> tuple[Chain, str]:
         if _ANGLES.search(name) and 0.9 * period < span <= period:
             hint = f" (if it is an angle, say {text})"
     if column.rows < FEW_ROWS:
-        if column.tail < _HEAVY and abs(column.lean) < 0.3:
-            return (
-                Transform("student"),
-            ), f"since its tails are heavy on both sides and {column.rows} rows are few{hint}"
-        return (Transform("standardize"),), f"since {column.rows} rows are too few for more{hint}"
-    if column.distance < _NORMAL and abs(column.kurtosis) < 1.0 and column.reach < _OUTLIER:
-        return (Transform("standardize"),), f"since it is close to normal{hint}"
+        tails = "its tails are heavy and " if column.tail < _HEAVY else ""
+        return (Transform("student"),), f"since {tails}{column.rows} rows are few{hint}"
     reasons = []
     if column.tail < _HEAVY:
         reasons.append("its tails are heavy")
     if abs(column.skewness) > 0.5:
         reasons.append("it is skewed")
-    if not reasons:
-        outlier = column.distance < _NORMAL and column.reach >= _OUTLIER
-        far = f"a value lies {column.reach:.0f} standard deviations out"
-        reasons.append(far if outlier else "it is not normal")
+    if not reasons and column.distance >= _NORMAL:
+        reasons.append("it is not normal")
+    if not reasons and column.reach >= _OUTLIER:
+        reasons.append(f"a value lies {column.reach:.0f} standard deviations out")
+    if not reasons:  # close to normal: but beyond the rows that were seen standardisation has no bound on what a row costs
+        reasons.append("values far out must not cost without bound")
     return (Transform("quantile"),), f"since {' and '.join(reasons)}{hint}"

@@ -170,3 +170,36 @@ def test_other_commands_are_carried_out_once(folder: Path) -> None:
         [sys.executable, "-m", "nicecp", "info", "one.h5"], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
+
+
+SUMS = """
+import numpy as np
+from mpi4py import MPI
+from nicecp import parallel
+
+world = parallel.Mpi(MPI.COMM_WORLD)
+assert world._one_machine
+parallel.PIECE = 64
+rng = np.random.default_rng(world.rank)
+for one_machine in (True, False):
+    world._one_machine = one_machine
+    for dtype in (np.float64, np.float32):
+        for shape in ((1,), (8,), (7, 9), (1000,)):
+            drawn = [np.random.default_rng(rank).integers(0, 99, shape).astype(dtype) for rank in range(world.size)]
+            own, wanted = drawn[world.rank].copy(), sum(drawn)
+            out = np.full(shape, np.nan, dtype)
+            pending = world.begin_sum(out, own)
+            while not pending.poll():
+                pass
+            pending.wait()
+            assert (out == wanted).all() and (own == drawn[world.rank]).all()
+            world.sum(own)
+            assert own.dtype == dtype and (own == wanted).all()
+print("nicecp: fine")
+"""
+
+
+def test_sums_in_pieces_and_whole_ones(tmp_path: Path) -> None:
+    code, out, _ = run(3, [], tmp_path, SUMS)
+    assert code == 0
+    assert out.count("fine") == 3

@@ -40,6 +40,7 @@ class Member:
         self._meeting, self.rank, self.size = meeting, rank, meeting.size
         self.sums: list[int] = []  # elements of every sum begun, in order
         self.polls = 0
+        self.prompt = False  # sums are done when they are looked at
 
     def sum(self, array: Any) -> None:
         self.begin_sum(array).wait()
@@ -86,8 +87,11 @@ class _Sum:
     def __init__(self, member: Member, out: Any, part: Any) -> None:
         self._member, self._out, self._part, self._begun = member, out, part, np.array(part)
 
-    def poll(self) -> None:
+    def poll(self) -> bool:
         self._member.polls += 1
+        if self._member.prompt:
+            self.wait()
+        return self._member.prompt
 
     def wait(self) -> None:
         assert self._part.tobytes() == self._begun.tobytes(), "changed while it was being summed"

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from h5py._objects import phil
 
 from nicecp import probe
 from nicecp.checkpoint import load
 from nicecp.data import open_source, open_splits
 from nicecp.errors import CheckpointError, DataError
 from nicecp.flow import NICE
-from nicecp.hdf5_chunks import lzf_length
+from nicecp.hdf5_chunks import Chunks, lzf_length
 from nicecp.hdf5_open import plugins_off
 from nicecp.store import Tree, write_tree
 from tests.data_files import TABLE
@@ -149,6 +151,90 @@ def test_hdf5_finds_no_plugins_while_we_read_and_all_of_them_after() -> None:
         assert paths() == before
     finally:
         h5py.h5pl.remove(h5py.h5pl.size() - 1)
+
+
+RACE = """
+import contextlib, sys, threading, time
+import h5py, numpy as np
+from nicecp.hdf5_open import plugins_off
+
+with h5py.File(sys.argv[1], "w") as file:
+    file.create_dataset("x", data=np.arange(1e5), chunks=(1000,), compression="gzip")
+
+def read():
+    with h5py.File(sys.argv[1], "r") as file:
+        assert file["x"][...].sum() == 99999 * 5e4
+
+def switch():
+    with plugins_off():
+        pass
+
+def again(work):
+    try:
+        while time.monotonic() < end:
+            work()
+    except BaseException as error:
+        failed.append(error)
+
+end, failed = time.monotonic() + 2, []
+threads = [threading.Thread(target=again, args=(work,)) for work in (read, switch, switch)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+"""
+
+
+def test_plugins_are_switched_while_another_thread_reads(tmp_path: Path) -> None:
+    """HDF5 may be called by one thread at a time, and h5py releases the interpreter's lock while it reads."""
+    command = [sys.executable, "-X", "faulthandler", "-c", RACE, str(tmp_path / "x.h5")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
+@pytest.mark.parametrize("call", ["plugins", "chunk"])
+def test_other_threads_calls_of_hdf5_are_waited_for(call: str, tmp_path: Path) -> None:
+    held, begun, ended, let_go = (threading.Event() for _ in range(4))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=np.arange(10.0), chunks=(5,), compression="gzip")
+
+        def hold() -> None:
+            with phil:
+                held.set()
+                let_go.wait(60)
+
+        chunks = Chunks(file["x"].id, (10,), (5,), np.dtype(np.float64))
+
+        def work() -> None:
+            begun.set()
+            if call == "plugins":
+                with plugins_off():
+                    pass
+            else:
+                chunks._dataset = Unlocked()
+                chunks._raw((0,))
+            ended.set()
+
+        threads = [threading.Thread(target=task, daemon=True) for task in (hold, work)]
+        threads[0].start()
+        assert held.wait(60)
+        threads[1].start()
+        assert begun.wait(60)
+        waited = not ended.wait(0.2)
+        let_go.set()
+        assert ended.wait(60)
+        assert waited
+        for thread in threads:
+            thread.join()
+
+
+class Unlocked:
+    """read_direct_chunk as in h5py before 3.16: without its lock."""
+
+    @staticmethod
+    def read_direct_chunk(offset: tuple[int, ...]) -> tuple[int, bytes]:
+        return 0, b""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="shared objects are made as on Linux")

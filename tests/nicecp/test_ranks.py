@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import h5py
 import numpy as np
 import pytest
 
-from nicecp import fit, parallel, ranks
+from nicecp import fit, ranks
 from nicecp.beside import DataSpec
 from nicecp.checkpoint import load_run, load_state, state_path
-from nicecp.errors import DataError, ParallelError, TrainingError
+from nicecp.errors import DataError, TrainingError
 from nicecp.evaluate import Evaluator
 from nicecp.flow import CHUNK, NICE
 from nicecp.kernels import get_backend
@@ -150,15 +151,17 @@ def test_a_bad_loss_on_one_rank_is_everybodys() -> None:
 
 
 def test_sums_are_begun_before_the_backward_pass_is_over() -> None:
-    def run(rank: Member) -> Member:
-        trainer = trainer_of(rank)
+    def run(rank: Member, prompt: bool) -> tuple[Member, bytes]:
+        rank.prompt, trainer = prompt, trainer_of(rank)
         trainer.step()
-        return rank
+        return rank, trainer.p.tobytes()
 
-    for member in together(2, run):
+    late, prompt = (together(2, partial(run, prompt=prompt)) for prompt in (False, True))
+    assert {bits for _, bits in late} == {bits for _, bits in prompt}, "updates begin with the first sum that is done"
+    for member, _ in [*late, *prompt]:
         assert member.sums[0] == 2 * 24 + 2  # log-densities, weights, requests to stop
         assert len(member.sums) == 1 + 4, "one for every coupling"
-        assert member.polls == 0 + 1 + 2 + 3, "every sum is polled after every later part of the backward pass"
+        assert member.polls == 4, "the oldest sum is looked at after every part of the backward pass"
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -271,6 +274,21 @@ def test_one_rank_is_asked_to_stop_and_all_do(tmp_path: Path, asker: int) -> Non
     assert [("ranks 2 -> 3" in event, "ranks 3 -> 1" in event) for event in events] == [(True, False), (False, True)]
 
 
+def test_a_signal_before_the_first_step_has_its_number_on_all_ranks(tmp_path: Path) -> None:
+    """It comes when the trainer is there and its loop has not begun, on a rank that does not report."""
+
+    def run(rank: Member) -> Any:
+        with Run.start(
+            write_table(tmp_path / f"{rank.rank}.h5"), tmp_path / "run.h5", **SMALL, communicator=rank
+        ) as run:
+            if rank.rank == 1:
+                run.stopped_by = int(signal.SIGTERM)
+            return run.execute()
+
+    outcomes = together(2, run)
+    assert [(outcome.finished, outcome.stopped_by) for outcome in outcomes] == [(False, signal.SIGTERM)] * 2
+
+
 def test_what_rank_0_finds_wrong_all_raise(tmp_path: Path) -> None:
     data = np.random.default_rng(0).normal(size=(500, 4))
     data[:, 2] = 1
@@ -294,59 +312,6 @@ def test_fit_with_ranks() -> None:
     for flat, valid in together(2, fitted):
         gates.assert_near(flat, one[0], EQUAL, "parameters")
         assert math.isclose(valid, one[1], rel_tol=EQUAL)
-
-
-# --- launchers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, (1, 0)),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (4, 3)),
-        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, (2, 0)),
-        ({"SLURM_STEP_NUM_TASKS": "8", "PMIX_RANK": "7"}, (8, 7)),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, (1, 0)),  # a batch script, not started by srun
-        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, (1, 0)),
-        ({"PMI_SIZE": "x", "PMI_RANK": "0"}, (1, 0)),
-    ],
-)
-def test_launchers(environment: dict[str, str], expected: tuple[int, int]) -> None:
-    assert parallel.launched(environment) == expected
-
-
-class NoMpi:
-    """mpi4py.MPI as it is where only one process is known to the library."""
-
-    class COMM_WORLD:
-        size = 1
-
-
-@pytest.mark.parametrize(
-    ("found", "says"),
-    [
-        (
-            ModuleNotFoundError("No module named 'mpi4py'"),
-            "^4 processes were launched, but mpi4py is not installed",
-        ),
-        (RuntimeError("cannot load MPI library"), "finds no MPI library .cannot load"),
-        (NoMpi, "mpi4py's MPI knows of 1: install mpi4py for the MPI that launches"),
-    ],
-)
-def test_processes_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, found: Any, says: str) -> None:
-    def load(name: str) -> Any:
-        assert name == "mpi4py.MPI"
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    monkeypatch.setenv("PMI_SIZE", "4")
-    monkeypatch.setenv("PMI_RANK", "2")
-    monkeypatch.setattr(parallel.importlib, "import_module", load)
-    with pytest.raises(ParallelError, match=says):
-        parallel.world()
-    monkeypatch.delenv("PMI_SIZE")
-    assert parallel.world() is ALONE
 
 
 def test_a_plan_makes_the_same_steps_on_all_ranks() -> None:
