@@ -276,6 +276,7 @@ class NumbaBackend(NumbaCalls):
         self._call(Op.UPDATE, over, (p, g, m, v), (state,), (optimizer,), writes, reads, 8 * size)
 
     def advance(self, state: Array) -> None:
+        self._catch_up()  # updates that were put off belong to this step
         self._call(Op.ADVANCE, Range(1), (), (state,), (), (state,), ())
 
     # --- random numbers ---------------------------------------------------------------------------

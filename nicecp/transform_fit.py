@@ -236,8 +236,8 @@ def _notes(looks: Sequence[Column], labels: Sequence[str], wanted: Sequence[Chai
     digits = [labels[i] for i in raw if looks[i].few_digits]
     if digits:
         notes.append(
-            f"recorded to few significant digits, so that values repeat: {', '.join(digits)}. Likelihoods of such columns "
-            "compare only among models that see them in the same way"
+            f"recorded to few significant digits, so that values repeat: {', '.join(digits)}. Likelihoods of such "
+            "columns compare only among models that see them in the same way"
         )
     skipped = [labels[i] for i, chain in enumerate(wanted) if chain[0] == Transform("recorded") and not looks[i].step]
     if skipped:

@@ -174,6 +174,6 @@ def choose(column: Column, name: str) -> tuple[Chain, str]:
         reasons.append("it is not normal")
     if not reasons and column.reach >= _OUTLIER:
         reasons.append(f"a value lies {column.reach:.0f} standard deviations out")
-    if not reasons:  # close to normal: but beyond the rows that were seen standardisation has no bound on what a row costs
+    if not reasons:  # close to normal; standardised alone, a row far beyond those that were seen would ruin a mean
         reasons.append("values far out must not cost without bound")
     return (Transform("quantile"),), f"since {' and '.join(reasons)}{hint}"

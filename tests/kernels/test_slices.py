@@ -10,7 +10,7 @@ import pytest
 from nicecp import train
 from nicecp.flow import NICE
 from nicecp.kernels import numba_backend, numba_calls
-from nicecp.kernels.backend import Purpose
+from nicecp.kernels.backend import Purpose, Slot
 from nicecp.kernels.numba_backend import NumbaBackend
 from nicecp.kernels.tape import Field, Op, Range, Tape, span
 from nicecp.sources import ArraySource
@@ -91,21 +91,36 @@ def test_every_row_is_ready_once_and_complete(slicing: NumbaBackend) -> None:
     assert told == [-(-parts // 2), parts + -(-parts // 2)], "odd parts wait for the next call"
 
 
-def trained(backend: NumbaBackend, by_layer: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    data = np.random.default_rng(1).normal(size=(256, 5))
+D = 40  # so that rows of the first layer's weights, the last ones to be updated, are cut into parts as well
+
+
+def trained(
+    backend: NumbaBackend, by_layer: int, monkeypatch: pytest.MonkeyPatch, bad_row: bool = False
+) -> dict[str, np.ndarray]:
+    data = np.random.default_rng(1).normal(size=(256, D))
+    if bad_row:
+        data[17] = 1e308
     monkeypatch.setattr(train, "UPDATE_BY_LAYER", by_layer)
-    flow = NICE(5, (40, 36), 3, init="he", seed=3, threads=1)
+    flow = NICE(D, (40, 36), 3, init="he", seed=3, threads=1)
     flow = NICE.from_spec(flow.spec, flow.parameters(), backend=backend)
     split = Split.contiguous(ArraySource(data), 0, len(data), Purpose.TRAIN_NOISE)
-    Trainer(flow, split, None, TrainConfig(epochs=3, batch_size=32)).run()
+    with np.errstate(all="ignore"):
+        trainer = Trainer(flow, split, None, TrainConfig(epochs=3, batch_size=32))
+        trainer.run()
+    assert trainer.state[Slot.SKIPPED] == (3 if bad_row else 0)
     return flow.parameters()
 
 
+@pytest.mark.parametrize("bad_row", [False, True])
 @pytest.mark.parametrize("by_layer", [0, 2**40])
-def test_training_in_parts_is_training(slicing: NumbaBackend, by_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_in_parts_is_training(
+    slicing: NumbaBackend, by_layer: int, bad_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replayed by several threads, some updates put off to the next layer, against one thread and one update."""
-    results = [trained(slicing, by_layer, monkeypatch), trained(NumbaBackend(1), 2**40, monkeypatch)]
-    fresh = NICE(5, (40, 36), 3, init="he", seed=3, threads=1).parameters()
+    results = [
+        trained(backend, by, monkeypatch, bad_row) for backend, by in ((slicing, by_layer), (NumbaBackend(1), 2**40))
+    ]
+    fresh = NICE(D, (40, 36), 3, init="he", seed=3, threads=1).parameters()
     for name, values in results[0].items():
         np.testing.assert_allclose(values, results[1][name], rtol=0, atol=1e-11, err_msg=name)
         assert np.abs(values - fresh[name]).max() > 1e-4, f"{name} was not trained"
