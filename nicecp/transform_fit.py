@@ -21,6 +21,8 @@ FloatArray = NDArray[np.float64]
 MAX_ROWS = 2**17  # rows that transforms are fitted to, in blocks from all over the training rows
 KNOTS = (8, 16, 32, 64, 128, 256)  # how many are tried, on rows held out of the fit
 _HELD = 5  # every fifth row
+_TO_COMPARE = (20, 2**14)  # rows by which quantile splines and Student's t are compared: at least, at most
+_FOLDED = 2**10  # rows up to which all fifths are held out in turn
 _FREEDOM = (0.3, 30.0)  # of Student's t; above, the normal distribution itself is no different
 
 
@@ -56,7 +58,7 @@ def fit_transforms(split: Split, text: str) -> Fitted:
     result = Fitted()
     for i, look in enumerate(looks):
         if wanted[i] == (Transform("auto"),):
-            wanted[i], why = choose(look, info.columns[i] if info.columns else "")
+            wanted[i], why = choose(look, info.columns[i] if info.columns else "", gain_of_spline(x[:, i], weights))
         elif any(transform.kind == "auto" for transform in wanted[i]):
             raise ValueError(f"transform {shown(wanted[i])!r}: auto stands alone")
         else:
@@ -172,6 +174,30 @@ def quantile_knots(values: FloatArray, weights: FloatArray | None = None) -> spl
             if mean > score:
                 best, score = count, mean
     return spline.fit_knots(values, best, weights)
+
+
+def gain_of_spline(values: FloatArray, weights: FloatArray | None = None) -> float | None:
+    """Nats a row, on rows held out of the fits, by which a quantile spline describes a column better than Student's t;
+    None for too few rows."""
+    least, most = _TO_COMPARE
+    stride = -(-len(values) // most)
+    values, weights = values[::stride], None if weights is None else weights[::stride]
+    if len(values) < least:
+        return None
+    gains, sizes, place = [], [], np.arange(len(values)) % _HELD
+    for fold in range(_HELD) if len(values) <= _FOLDED else [_HELD - 1]:
+        held = place == fold
+        rest, own = (None, None) if weights is None else (weights[~held], weights[held])
+        if not np.ptp(values[~held]) > 0:
+            return None
+        z, log_slope, _ = spline.forward(values[held], quantile_knots(values[~held], rest))
+        t = Student(_numbers([0]), *np.array([fit_student(values[~held], rest)]).T)
+        x = values[held, None]
+        behind_t = t.log_det_rows(x) - 0.5 * np.square(t.forward(x)[:, 0])
+        gains.append(float(np.average(log_slope - 0.5 * z * z - behind_t, weights=own)))
+        sizes.append(float(held.sum() if own is None else own.sum()))
+    gain = float(np.average(gains, weights=sizes))
+    return gain if np.isfinite(gain) else None
 
 
 def emptiest(values: FloatArray, period: float, weights: FloatArray | None = None) -> float:

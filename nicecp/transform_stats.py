@@ -13,12 +13,11 @@ from nicecp.transform_spec import Chain, Transform
 
 FloatArray = NDArray[np.float64]
 
-FEW_ROWS = 500  # below, a quantile spline would follow the noise
 ATOM_ROWS, ATOM_SHARE, ATOM_RATIO = 10, 1e-3, 10.0  # rows and share of one value, and times as many as its neighbours
 COARSE = 0.9  # fewer different values than this share of the rows
 SPARSE = 20.0  # sites of a grid for each value on it: the grid is not what the values were recorded on
-_NORMAL = 0.02  # distance of distribution functions beyond what chance gives: such a column needs no transform
-_OUTLIER = 6.0  # standard deviations
+TIE = 0.01  # nats a row that a quantile spline, which is the faster one of the two, may be behind Student's t
+_NORMAL = 0.02  # distance of distribution functions beyond what chance gives
 _HEAVY = 4.0  # tail index below which a kurtosis does not exist
 _ANGLES = re.compile(r"phi|theta|angle|azimuth|phase|longitude|\b(ra|lon)\b", re.IGNORECASE)
 
@@ -44,7 +43,6 @@ class Column:
     atom: float
     atom_share: float
     distance: float
-    reach: float  # of the farthest value, in standard deviations from the mean
     sites: float  # multiples of the step for each different value, between the quartiles
 
     @property
@@ -98,7 +96,6 @@ def look_at(values: FloatArray, dtype: DTypeLike, weights: FloatArray | None = N
         atom=atom,
         atom_share=atom_share,
         distance=max(0.0, distance - 1.4 / math.sqrt(n)),
-        reach=float(np.abs(z).max(initial=0.0)),
         sites=_sites(ordered, different, step),
     )
 
@@ -155,25 +152,30 @@ def recorded_step(different: FloatArray, dtype: DTypeLike) -> float:
     return 0.0
 
 
-def choose(column: Column, name: str) -> tuple[Chain, str]:
-    """What ``auto`` gives a column, and why, in words. A bound is never assumed: it has to be given."""
+def choose(column: Column, name: str, gain: float | None) -> tuple[Chain, str]:
+    """What ``auto`` gives a column, and why, in words. A bound is never assumed: it has to be given.
+
+    gain : mean log-density of held-out rows behind a quantile spline less that behind Student's t, nats; None where
+        there are too few rows to tell. Neither lets a single row cost without bound, as standardisation alone would.
+    """
     hint = ""
     span = column.high - column.low
     for period, text in ((2 * math.pi, "angle"), (360.0, "angle(360)")):
         if _ANGLES.search(name) and 0.9 * period < span <= period:
             hint = f" (if it is an angle, say {text})"
-    if column.rows < FEW_ROWS:
-        tails = "its tails are heavy and " if column.tail < _HEAVY else ""
-        return (Transform("student"),), f"since {tails}{column.rows} rows are few{hint}"
+    if column.low == column.high:
+        return (Transform("standardize"),), "since it is constant"
     reasons = []
     if column.tail < _HEAVY:
         reasons.append("its tails are heavy")
     if abs(column.skewness) > 0.5:
         reasons.append("it is skewed")
-    if not reasons and column.distance >= _NORMAL:
-        reasons.append("it is not normal")
-    if not reasons and column.reach >= _OUTLIER:
-        reasons.append(f"a value lies {column.reach:.0f} standard deviations out")
-    if not reasons:  # close to normal; standardised alone, a row far beyond those that were seen would ruin a mean
-        reasons.append("values far out must not cost without bound")
-    return (Transform("quantile"),), f"since {' and '.join(reasons)}{hint}"
+    shape = " and ".join(reasons) or f"it is {'close to' if column.distance < _NORMAL else 'not'} normal"
+    if column.atom_share or column.different < COARSE:  # a likelihood of such values says nothing
+        return (Transform("quantile"),), f"since values repeat and {shape}{hint}"
+    if gain is None:
+        return (Transform("student"),), f"since {column.rows} rows are few{hint}"
+    if gain < -TIE:
+        return (Transform("student"),), f"since {shape}; a spline is {-gain:.2g} nats worse on held-out rows{hint}"
+    than = f"; Student's t is {gain:.2g} nats worse on held-out rows" if gain > TIE else ""
+    return (Transform("quantile"),), f"since {shape}{than}{hint}"

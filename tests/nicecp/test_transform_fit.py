@@ -113,60 +113,6 @@ def test_columns_that_are_not_there() -> None:
 # --- what is chosen and fitted ----------------------------------------------------------------------------------------
 
 
-def test_auto_says_what_it_chose_and_why() -> None:
-    found = fitted("auto", table())
-    kinds = [re.match(r"\d \('\w+'\): (\w+), since (.*?);", line) for line in found.lines]
-    chosen = {name: (match[1], match[2]) for name, match in zip(NAMES, kinds, strict=True) if match}
-    assert chosen["gauss"] == ("quantile", "values far out must not cost without bound")
-    assert chosen["mass"][0] == "quantile"
-    assert "skewed" in chosen["mass"][1]
-    assert chosen["dxy"] == ("quantile", chosen["dxy"][1])
-    assert "tails are heavy" in chosen["dxy"][1]
-    assert chosen["eff"][0] == "quantile"  # never a bound in silence
-    assert "(if it is an angle, say angle)" not in found.lines[0]
-    assert not any("log" in kind or "logit" in kind for kind, _ in chosen.values())
-    uniform = table()
-    uniform[:, 2] = np.random.default_rng(1).uniform(-np.pi, np.pi, len(uniform))
-    assert "if it is an angle, say angle" in fitted("auto", uniform).lines[2]
-    notes = " ".join(found.notes)
-    assert re.search(r"one value in many rows: 5 \('coarse'\) \(\d\.\d+% are 0\)", notes)
-    assert "recorded to few digits: 5 ('coarse') (steps of 0.01)" in notes
-    assert "coarse" not in " ".join(fitted("coarse=recorded+quantile", table()).notes)
-    few = fitted("auto", table(200))
-    assert "student, since 200 rows are few" in few.lines[0]
-    assert "student, since its tails are heavy and 200 rows are few" in few.lines[3]
-
-
-@pytest.mark.parametrize("n", [60, 3000])
-def test_no_row_costs_without_bound_behind_auto(n: int) -> None:
-    """Of a column of any shape: beyond the rows that were seen z grows as the logarithm of x."""
-    rng = np.random.default_rng(8)
-    columns = [rng.normal(size=n), rng.uniform(size=n), rng.exponential(size=n), rng.integers(0, 4, n).astype(float)]
-    steps = fitted("auto", np.stack(columns, axis=1)).steps
-    assert steps
-    for far in (1e3, 1e9, -1e9, 1e150):
-        z = np.full((1, 4), far)
-        for step in steps:
-            z = step.forward(z)
-        assert np.isfinite(z).all()
-        assert np.abs(z).max() < 10 + 1.1 * np.log(abs(far)), far
-
-
-def test_digits_that_follow_the_size_of_the_numbers() -> None:
-    """No step is to be recommended where small numbers are recorded in smaller steps than large ones."""
-    x = table()
-    x[:, 0] = [float(f"{value:.1e}") for value in x[:, 0]]
-    notes = " ".join(fitted("auto", x).notes)
-    assert "significant digits, so that values repeat: 0 ('gauss')" in notes
-    assert "recorded to few digits: 5 ('coarse') (steps of 0.01)" in notes
-
-
-def test_an_outlier_needs_more_than_standardisation() -> None:
-    x = table()
-    x[7, 0] = 9.0
-    assert "quantile, since a value lies 9 standard deviations out" in fitted("auto", x).lines[0]
-
-
 def test_bounds_are_checked() -> None:
     with pytest.raises(DataError, match=r"column 0 \('gauss'\): \d+ of 3000 training rows are not above 0.*reach from"):
         fitted("gauss=log", table())
