@@ -103,7 +103,7 @@ PRESETS = ("auto", *_PAPERS, *(f"{name}-code" for name in _PAPERS), *_TABLES, "d
     type=click.IntRange(0, 1024),
     metavar="N",
     show_default="never",
-    help="After every N couplings the seed draws other parts of the columns.",
+    help="After every N couplings the seed draws other parts of the columns; 0: never.",
 )
 @click.option(
     "--prior", type=click.Choice(["logistic", "gaussian"]), show_default=PRESET, help="Density of the latents."

@@ -59,7 +59,7 @@ class NICE(Density):
     n_context : int
         k, at least 0: the density is p(x | context) for a context of k numbers, which every network reads beside its
         half of the features (nicecp.context). context_names : what they are called.
-    init : "paper" or "he"
+    init : "paper", "he" or "table"
         Initial weights; see nicecp.params.initial_parameters.
     preprocessing : sequence of steps
         Applied to data in order before the couplings; log-densities are reported in the space before them.

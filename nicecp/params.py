@@ -127,16 +127,22 @@ class Layout:
             backend.copy_in(log_scale, named["scaling/log_scale"][columns])
 
 
+INITS = ("paper", "he", "table")
+# log s where s x, x standard normal, has the greatest mean log-density under the prior.
+NORMAL_SCALE = {"gaussian": 0.0, "logistic": 0.559}
+
+
 def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) -> Parameters:
-    """Named initial values in the flow's dtype; biases and log-scale are 0.
+    """Named initial values in the flow's dtype; biases are 0, and so are log-scales unless init is "table".
 
     init "paper": every weight uniform in [-0.01, 0.01), as in the authors' configuration files. init "he": weights of
     hidden layers uniform in +-sqrt(6 / fan_in) (He et al. 2015), which small networks on tables train from faster; the
-    last layer of each network as "paper", so that a fresh flow is close to the identity either way. Drawn in float64,
-    so that flows of both dtypes start from the same values up to rounding.
+    last layer of each network as "paper", so that a fresh flow is close to the identity either way. init "table": the
+    weights of "he", and the scale by which standard normal columns are likeliest under the prior. Drawn in float64, so
+    that flows of both dtypes start from the same values up to rounding.
     """
-    if init not in ("paper", "he"):
-        raise ValueError(f"unknown init {init!r}: expected 'paper' or 'he'")
+    if init not in INITS:
+        raise ValueError(f"unknown init {init!r}: expected {', '.join(map(repr, INITS[:-1]))} or {INITS[-1]!r}")
     named: Parameters = {name: np.zeros(shape, spec.dtype) for name, shape in spec.parameter_shapes().items()}
     number = 0
 
@@ -152,7 +158,7 @@ def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) 
         layers = len(spec.dense_layers(k))
         for j in range(layers):
             weight = named[f"couplings/{k}/layers/{j}/weight"]
-            hidden = init == "he" and j < layers - 1
+            hidden = init != "paper" and j < layers - 1
             bound = float(np.sqrt(6.0 / weight.shape[0])) if hidden else 0.01
             drawn = uniform(weight.shape)
             drawn *= 2.0 * bound
@@ -165,4 +171,6 @@ def initial_parameters(backend: Backend, spec: ModelSpec, seed: int, init: str) 
             if np.shape(fresh) != shape:
                 raise ValueError(f"initial values of {name} have shape {np.shape(fresh)}, expected {shape}")
             named[f"couplings/{k}/{name}"][...] = fresh
+    if init == "table":
+        named["scaling/log_scale"][...] = NORMAL_SCALE[spec.prior]
     return named

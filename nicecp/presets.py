@@ -13,6 +13,7 @@ from nicecp.kernels.backend import PRIORS
 from nicecp.network import ACTIVATIONS
 from nicecp.optimizers import Optimizer, optimizer_from
 from nicecp.orders import PARTITIONS, RANDOM
+from nicecp.params import INITS
 from nicecp.partition import MAX_COLUMNS
 from nicecp.preset_table import RANGE, choose
 from nicecp.registry import MLP, is_law, is_network
@@ -20,8 +21,6 @@ from nicecp.spec import DTYPES, LAWS, ModelSpec, alternating, partition_of, repa
 from nicecp.train_config import TrainConfig
 from nicecp.transform_spec import NONE, as_text, parse
 from nicecp.whitening import KINDS
-
-INITS = ("paper", "he")
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,7 @@ def resolve(
         coupling=chosen.coupling,
         schedule=chosen.schedule,
         weight_decay=chosen.weight_decay,
+        repartition=chosen.repartition,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -222,6 +222,8 @@ def resolve(
             values.setdefault("couplings", len(values["hidden_by_coupling"]))
     if "order" in values:
         values.setdefault("partition", "permutation")
+    if "partition" in values:  # a preset's is for its own
+        values.setdefault("repartition", 0)
     settings = replace(settings, **values)
     check(settings)
     return settings

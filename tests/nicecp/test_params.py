@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nicecp.kernels.backend import ALIGNMENT, Backend, Purpose
-from nicecp.params import Layout, Range, Views, initial_parameters
+from nicecp.params import NORMAL_SCALE, Layout, Range, Views, initial_parameters
 from tests import gates, oracle
 
 SPECS = {
@@ -117,7 +117,7 @@ def test_names_and_shapes_that_do_not_fit_change_nothing(one_backend: Backend) -
         assert not flat.any()
 
 
-@pytest.mark.parametrize("init", ["paper", "he"])
+@pytest.mark.parametrize("init", ["paper", "he", "table"])
 def test_initial_values(backend: Backend, init: str) -> None:
     """Weights are Philox's numbers, keyed by the layer's number; the rest is 0. Both dtypes start alike."""
     spec, seed = spec_of("odd", "float64"), 2**63 + 5
@@ -125,10 +125,11 @@ def test_initial_values(backend: Backend, init: str) -> None:
     number = 0
     for name, shape in spec.parameter_shapes().items():
         if not name.endswith("weight"):
-            np.testing.assert_array_equal(named[name], np.zeros(shape))
+            scale = 0.559 if name == "scaling/log_scale" and (init, spec.prior) == ("table", "logistic") else 0.0
+            np.testing.assert_array_equal(named[name], np.full(shape, scale))
             continue
         k, j = int(name.split("/")[1]), int(name.split("/")[3])
-        hidden = init == "he" and j < len(spec.couplings[k].hidden)
+        hidden = init != "paper" and j < len(spec.couplings[k].hidden)
         bound = math.sqrt(6 / shape[0]) if hidden else 0.01
         uniform = oracle.fill_uniform(seed, Purpose.INIT, number, np.arange(shape[0]), shape[1])
         np.testing.assert_allclose(named[name], bound * (2 * uniform - 1), rtol=0, atol=1e-15)
@@ -138,6 +139,19 @@ def test_initial_values(backend: Backend, init: str) -> None:
         np.testing.assert_array_equal(value, named[name].astype(np.float32))
 
 
+@pytest.mark.parametrize("prior", ["logistic", "gaussian"])
+def test_standard_normal_columns_are_likeliest_at_the_scale_of_tables(prior: str) -> None:
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+
+    def mean(log_scale: float) -> float:
+        h = np.exp(log_scale) * nodes
+        log_prior = -np.abs(h) - 2 * np.log1p(np.exp(-np.abs(h))) if prior == "logistic" else -0.5 * h * h
+        return float(weights @ log_prior / weights.sum() + log_scale)
+
+    best = NORMAL_SCALE[prior]
+    assert mean(best) > max(mean(best - 0.01), mean(best + 0.01))
+
+
 def test_unknown_init(one_backend: Backend) -> None:
-    with pytest.raises(ValueError, match="expected 'paper' or 'he'"):
+    with pytest.raises(ValueError, match="expected 'paper', 'he' or 'table'"):
         initial_parameters(one_backend, SPECS["odd"], 0, "xavier")

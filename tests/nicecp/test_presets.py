@@ -113,6 +113,17 @@ def test_what_is_given_wins_and_none_does_not() -> None:
     assert resolve("a.h5", True, WINDOW, dtype="auto").dtype == "float32"
 
 
+def test_a_presets_parts_are_for_its_own_partition() -> None:
+    """Splines on tables draw other parts after every two couplings, unless the user says how columns are parted."""
+    orders = [coupling.order for coupling in resolve("a.h5", False, WINDOW, "tabular-spline").model_spec(8).couplings]
+    assert [order is not None for order in orders] == [False, False, True, False, True, False]
+    for given in ({"partition": "halves"}, {"order": (1, 0, 2, 3)}, {"repartition": 0}):
+        assert resolve("a.h5", False, WINDOW, "tabular-spline", **given).repartition == 0
+    assert resolve("a.h5", False, WINDOW, "tabular-spline", partition="halves", repartition=3).repartition == 3
+    assert PRESETS["tabular"].init == PRESETS["tabular-large"].init == PRESETS["tabular-spline"].init == "table"
+    assert PRESETS["demo"].init == "he", "images are not standardised"
+
+
 def test_optimizers() -> None:
     assert resolve("a", False, WINDOW, numbers={"rate": 0.5, "beta2": None}).optimizer == AdaM(rate=0.5)
     made = resolve("a", False, WINDOW, optimizer="rmsprop", numbers={"momentum_epoch": 3}).optimizer
