@@ -45,17 +45,24 @@ MODELS = {
 }
 
 
+CACHE = 2**20  # bytes of parameters
+
+
 @dataclass(frozen=True)
 class Machine:
     """One rank's share of a machine.
 
     flops, weights: a product of n rows by a matrix takes 2 n in out / flops, and the matrix's bytes / weights whatever
-    n is; memory: bytes a second of an update; unit, feature: seconds, beside products, for a hidden unit and a feature
-    of a row; call: of one call of a kernel; latency, network: of a message, in seconds and bytes a second, each way.
+    n is; small_flops, small_weights: of matrices that stay in the second-level cache from one product to the next, as
+    those of a model of at most CACHE bytes do; memory: bytes a second of an update; unit, feature: seconds, beside
+    products, for a hidden unit and a feature of a row; call: of one call of a kernel; latency, network: of a message,
+    in seconds and bytes a second, each way.
     """
 
     flops: float
     weights: float
+    small_flops: float
+    small_weights: float
     memory: float
     unit: float
     feature: float
@@ -92,9 +99,11 @@ def cost(spec: ModelSpec, batch: int, ranks: int, machine: Machine) -> Cost:
     sizes = [spec.layer_sizes(k) for k in range(len(spec.couplings))]
     layers, units = sum(len(layer) - 1 for layer in sizes), sum(sum(layer[1:-1]) for layer in sizes)
     parameters = spec.n_parameters * item
-    forward, step = (each * n / machine.flops for each in flops_of(spec, 1))
-    forward += parameters / machine.weights
-    backward = step - (forward - parameters / machine.weights) + 2 * parameters / machine.weights
+    small = parameters <= CACHE
+    flops, weights = (machine.small_flops, machine.small_weights) if small else (machine.flops, machine.weights)
+    forward, step = (each * n / flops for each in flops_of(spec, 1))
+    backward = step - forward + 2 * parameters / weights
+    forward += parameters / weights
     beside = n * (2 * units * machine.unit + spec.n_features * machine.feature)
     calls = (3 * layers + 4 * len(spec.couplings) + 8) * machine.call
     compute = forward + backward + 7 * parameters / machine.memory + beside + calls
@@ -137,12 +146,7 @@ def measure_machine() -> Machine:
     """On one thread, of what is not in the cache: products, updates; and of what is: units, features, calls."""
     backend = get_backend("cpu", 1)
     with backend.computing():
-        many = [np.ones((1000, 1000), np.float32) for _ in range(24)]
-        product = {}
-        for n in (25, 200):
-            x, y = np.ones((n, 1000), np.float32), np.ones((n, 1000), np.float32)
-            product[n] = timed(lambda x=x, y=y: [backend.matmul(y, x, w) for w in many]) / len(many)
-        slope = (product[200] - product[25]) / 175
+        products = *product_rates(backend, 1000, 24), *product_rates(backend, 64, 8)
         arrays = [np.ones(10**7, np.float32) for _ in range(4)]
         update = timed(lambda: backend.update(*arrays, 0, 10**7, np.zeros(64), 0))
         small = [np.ones((2, 2), np.float32) for _ in range(3)]
@@ -162,8 +166,19 @@ def measure_machine() -> Machine:
             backend.scale_prior_backward(x, x, db, db, logp, y, y, db, db, 1)
 
         feature = timed(backend.record(prior)) / 2 / x.size
-    constant = max(product[25] - 25 * slope, 1e-9)
-    return Machine(2e6 / slope, 4e6 / constant, 7 * 4e7 / update, unit, feature, call)
+    return Machine(*products, 7 * 4e7 / update, unit, feature, call)
+
+
+def product_rates(backend: Any, size: int, count: int) -> tuple[float, float]:
+    """flops and weights of products of 25 and 200 rows by so many square matrices in turn."""
+    many = [np.ones((size, size), np.float32) for _ in range(count)]
+    taken = {}
+    for n in (25, 200):
+        x, y = np.ones((n, size), np.float32), np.ones((n, size), np.float32)
+        products = backend.record(lambda x=x, y=y: [backend.matmul(y, x, w) for w in many])
+        taken[n] = timed(products) / count
+    slope = (taken[200] - taken[25]) / 175
+    return 2 * size**2 / slope, 4 * size**2 / max(taken[25] - 25 * slope, 1e-9)
 
 
 def timed(work: Any, seconds: float = 0.3) -> float:
@@ -178,7 +193,8 @@ def timed(work: Any, seconds: float = 0.3) -> float:
 
 def shown(machine: Machine) -> str:
     return (
-        f"{machine.flops / 1e9:.0f} GFLOP/s, weights {machine.weights / 1e9:.1f} GB/s, updates "
+        f"{machine.flops / 1e9:.0f} GFLOP/s, weights {machine.weights / 1e9:.1f} GB/s, small ones "
+        f"{machine.small_flops / 1e9:.0f} GFLOP/s and {machine.small_weights / 1e9:.1f} GB/s, updates "
         f"{machine.memory / 1e9:.1f} GB/s, {1e9 * machine.unit:.2f} ns a unit, {1e9 * machine.feature:.2f} ns a "
         f"feature, {1e9 * machine.call:.0f} ns a call"
     )
@@ -274,7 +290,7 @@ def sleeping_barrier(communicator: Any) -> None:
 
 def together(machine: Machine, communicator: Communicator) -> Machine:
     """The mean over ranks of what each has measured while the others did."""
-    names = ("flops", "weights", "memory", "unit", "feature", "call")
+    names = ("flops", "weights", "small_flops", "small_weights", "memory", "unit", "feature", "call")
     found = np.array([getattr(machine, name) for name in names])
     communicator.sum(found)
     return replace(machine, **dict(zip(names, found / communicator.size, strict=True)))
@@ -283,9 +299,9 @@ def together(machine: Machine, communicator: Communicator) -> Machine:
 # Data sheets and usual numbers, not measured here: a GPU of 50 TFLOP/s in float32 and 2.5 TB/s as such kernels reach
 # them, eight in a node behind links of 200 GB/s, nodes with 25 GB/s for each GPU; CPU ranks of one core like this
 # machine's (check), 64 in a node that share 25 GB/s.
-GPU = Machine(50e12, 2.5e12, 2.5e12, 2e-12, 2e-11, 4e-6, 10e-6, 200e9)
+GPU = Machine(50e12, 2.5e12, 50e12, 2.5e12, 2.5e12, 2e-12, 2e-11, 4e-6, 10e-6, 200e9)
 GPU_NODES = replace(GPU, latency=15e-6, network=25e9)
-CPU = Machine(150e9, 8e9, 12e9, 2e-10, 1e-8, 1e-7, 1e-6, 3e9)
+CPU = Machine(150e9, 8e9, 120e9, 40e9, 12e9, 2e-10, 1e-8, 1e-7, 1e-6, 3e9)
 CPU_NODES = replace(CPU, latency=3e-6, network=25e9 / 64)
 
 

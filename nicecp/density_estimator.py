@@ -43,6 +43,9 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Coupling layers; at least 3 for every column to influence every other.
     coupling : "affine", "additive", "multiplicative" or "spline", or several of these that take turns
         Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian; splines bend columns.
+    repartition : int
+        After so many couplings the seed draws other parts of the columns, so that any two of them meet in a network; 0
+        for the same two parts, odd and even columns, throughout.
     prior : "gaussian" or "logistic"
         Of the latent components.
     epochs : int
@@ -92,6 +95,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         n_couplings: int = 4,
         *,
         coupling: str | Sequence[str] = "affine",
+        repartition: int = 0,
         prior: str = "gaussian",
         epochs: int = 300,
         batch_size: int = 128,
@@ -108,6 +112,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.hidden = hidden
         self.n_couplings = n_couplings
         self.coupling = coupling
+        self.repartition = repartition
         self.prior = prior
         self.epochs = epochs
         self.batch_size = batch_size
@@ -136,7 +141,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         flow = NICE(
             rows.shape[1], self.hidden, self.n_couplings, self.prior, "auto", seed,
-            coupling=self.coupling, init="he", threads=self.threads,
+            coupling=self.coupling, repartition=self.repartition, init="table", threads=self.threads,
         )  # fmt: skip
         source: Any = ArraySource(rows, "X", columns=getattr(self, "feature_names_in_", None))
         self.record_ = fit(

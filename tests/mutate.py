@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from nicecp import probe
-from nicecp.data import open_splits
+from nicecp.data import DataSpec, open_splits
 from nicecp.errors import NicecpError
 from nicecp.store import BLOCK_SIZE, block_for
 
@@ -51,6 +51,37 @@ def seeds(kind: str) -> list[bytes]:
                 file.attrs["image_shape"] = [3, 1]
                 file.flush()
                 made.append(bytes(file.id.get_file_image()))
+        made += tables(libver, table)
+    return made
+
+
+FIELDS = "b,a"  # the columns that are read of a table with others that hold no numbers
+
+
+def tables(libver: str, numbers: np.ndarray) -> list[bytes]:
+    """Compound tables, plain and with text, references and arrays beside the numbers; and a group of columns."""
+    made = []
+    plain = np.dtype([("a", "f8"), ("b", "i4"), ("c", ">f4")])
+    mixed = np.dtype(
+        [("a", "f8"), ("name", "S5"), ("b", "i2"), ("text", h5py.string_dtype()), ("many", "f4", (3,)),
+         ("list", h5py.vlen_dtype("f4")), ("to", h5py.ref_dtype)]
+    )  # fmt: skip
+    for dtype, options in ((plain, {}), (plain, {"chunks": (9,), "compression": "gzip", "shuffle": True}),
+                           (mixed, {}), (mixed, {"chunks": (7,), "compression": "gzip"})):  # fmt: skip
+        with h5py.File("seed", "w", driver="core", backing_store=False, libver=libver) as file:
+            rows = np.zeros(len(numbers), dtype)
+            rows["a"], rows["b"] = numbers[:, 0], np.arange(len(numbers))
+            if dtype is mixed:
+                rows["text"], rows["to"] = "text", file.ref
+                rows["list"] = [np.arange(3, dtype="f4")] * len(numbers)
+            file.create_dataset("train", data=rows, **options)
+            file.flush()
+            made.append(bytes(file.id.get_file_image()))
+    with h5py.File("seed", "w", driver="core", backing_store=False, libver=libver) as file:
+        for name, column in zip("abc", numbers.T, strict=True):
+            file.create_dataset(f"train/{name}", data=column, chunks=(11,), compression="gzip")
+        file.flush()
+        made.append(bytes(file.id.get_file_image()))
     return made
 
 
@@ -80,19 +111,23 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def use_data(path: str) -> str:
-    """Open and read all -> what came of it."""
-    try:
-        with open_splits(path) as splits:
-            for split in (splits.train, splits.valid, splits.test):
-                if split is not None:
-                    first = split.load_blocks(np.arange(split.n_blocks))[0]
-                    second = split.load_blocks(np.arange(split.n_blocks))[0]
-                    assert first.tobytes() == second.tobytes(), "bytes that nobody wrote"
-    except NicecpError as error:
-        return "refused" if str(error).isprintable() else f"mistake: {error!r}"
-    except MemoryError:
-        return "refused"
-    return "accepted"
+    """Open and read all, and then two columns by name -> what came of it."""
+    came = "refused"
+    for data in (path, DataSpec(path, columns=FIELDS)):
+        try:
+            with open_splits(data) as splits:
+                for split in (splits.train, splits.valid, splits.test):
+                    if split is not None:
+                        first = split.load_blocks(np.arange(split.n_blocks))[0]
+                        second = split.load_blocks(np.arange(split.n_blocks))[0]
+                        assert first.tobytes() == second.tobytes(), "bytes that nobody wrote"
+            came = "accepted"
+        except NicecpError as error:
+            if not str(error).isprintable():
+                return f"mistake: {error!r}"
+        except MemoryError:
+            pass
+    return came
 
 
 def use_checkpoint(path: str) -> str:
