@@ -30,8 +30,8 @@ from nicecp import NICEDensity  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 # Not the default of any parameter.
 OTHER: dict[str, Any] = {
-    "hidden": (8,), "n_couplings": 3, "coupling": "additive", "prior": "logistic", "epochs": 4, "batch_size": 30,
-    "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none", "whiten": "zca",
+    "hidden": (8,), "n_couplings": 3, "coupling": "additive", "repartition": 1, "prior": "logistic", "epochs": 4,
+    "batch_size": 30, "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none", "whiten": "zca",
     "regularization": 0.5, "allow_constant": True, "threads": 2, "random_state": 3,
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def test_every_parameter_is_kept_and_used() -> None:
     fitted = clone(estimator).fit(correlated(200)[0])
     flow, record = fitted.flow_, fitted.record_
     assert [coupling.hidden for coupling in flow.spec.couplings] == [(8,)] * 3
+    assert [coupling.order is not None for coupling in flow.spec.couplings] == [False, True, True]
     assert ({coupling.law for coupling in flow.spec.couplings}, flow.spec.prior) == ({"additive"}, "logistic")
     assert flow.backend.threads == 2
     assert (record.epoch, record.history[0].epoch) == (4, 1)
