@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Not the default of any parameter.
 OTHER: dict[str, Any] = {
     "hidden": (8,), "n_couplings": 3, "coupling": "additive", "repartition": 1, "prior": "logistic", "epochs": 4,
-    "batch_size": 30, "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none", "whiten": "zca",
-    "regularization": 0.5, "allow_constant": True, "threads": 2, "random_state": 3,
+    "batch_size": 30, "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none",
+    "whiten": "zca", "regularization": 0.5, "allow_constant": True, "threads": 2, "random_state": 3,
 }  # fmt: skip
 
 
