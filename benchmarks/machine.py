@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import platform
 import resource
@@ -63,9 +64,20 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
+def commit() -> str:
+    """Of the checkout that this file is in; "unknown" without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def describe() -> dict[str, Any]:
-    """The machine, its load now, and the versions of the base software."""
+    """The day and the commit, the machine, its load now, and the versions of the base software."""
     return {
+        "date": dt.date.today().isoformat(),
+        "commit": commit(),
         "cpu": cpu_model(),
         "cpus": len(cpus()),
         "memory_gib": memory_gib(),

@@ -8,8 +8,6 @@ Every number in the page comes from the files; the sentences around them are in 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import subprocess
 import sys
 import textwrap
 from itertools import groupby
@@ -124,16 +122,15 @@ def wrapped(text: str) -> list[str]:
 def head(rows: list[Row]) -> list[str]:
     """What the machine was, and how to do it again."""
     machine = next(row["machine"] for row in rows if "machine" in row)
-    loads = [row["machine"]["load"][0] for row in rows if "machine" in row]
     versions: dict[str, str] = dict(machine["versions"])
     for row in rows:
         versions |= {name: text for name, text in row.get("versions", {}).items() if isinstance(text, str)}
     names = ", ".join(f"{name} {versions[name]}" for name in versions)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    machines = [row["machine"] for row in rows if "machine" in row]
+    dates, commits = (" and ".join(dict.fromkeys(each[name] for each in machines)) for name in ("date", "commit"))
+    cpus, loads = max(each["cpus"] for each in machines), [each["load"][0] for each in machines]
     about = (
-        f"{dt.date.today().isoformat()}, commit {commit or 'unknown'}. {machine['cpu']}, {machine['cpus']} CPUs, "
+        f"{dates}, commit {commits}. {machine['cpu']}, {cpus} CPUs, "
         f"{machine['memory_gib']:.0f} GiB memory, {machine['system']}, Python {machine['python']}; {names}. Load "
         f"of the machine when parts began: {min(loads):.1f} to {max(loads):.1f}."
     )

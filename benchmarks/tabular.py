@@ -38,8 +38,9 @@ TABLES = ("magic", "cms_zmumu", "sdss_dr14", "protein_casp")
 COMPONENTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = np.geomspace(0.05, 1.0, 9)
 TITLES = {
-    "nicecp": "nicecp, tabular-large", "standardize": "nicecp, tabular-large without transforms",
-    "gmm": "scikit-learn GaussianMixture", "kde": "scikit-learn KernelDensity", "zuko": "zuko, neural spline flow",
+    "spline": "nicecp, tabular-spline", "nicecp": "nicecp, tabular-large",
+    "standardize": "nicecp, tabular-large without transforms", "gmm": "scikit-learn GaussianMixture",
+    "kde": "scikit-learn KernelDensity", "zuko": "zuko, neural spline flow",
 }  # fmt: skip
 Rows = np.ndarray
 

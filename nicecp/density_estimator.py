@@ -41,8 +41,10 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         Hidden layer sizes of every coupling's network.
     n_couplings : int
         Coupling layers; at least 3 for every column to influence every other.
-    coupling : "affine", "additive", "multiplicative" or "spline", or several of these that take turns
-        Affine couplings scale and shift; additive ones, the paper's, have a constant Jacobian; splines bend columns.
+    coupling : "spline", "affine", "additive" or "multiplicative", or several of these that take turns
+        Splines bend columns, and leave as they are rows far out, which factors of affine couplings may carry off
+        further; affine couplings scale and shift, in half the time; additive ones, the paper's, have a constant
+        Jacobian.
     repartition : int
         After so many couplings the seed draws other parts of the columns, so that any two of them meet in a network; 0
         for the same two parts, odd and even columns, throughout.
@@ -94,8 +96,8 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         hidden: Sequence[int] = (64, 64),
         n_couplings: int = 4,
         *,
-        coupling: str | Sequence[str] = "affine",
-        repartition: int = 0,
+        coupling: str | Sequence[str] = "spline",
+        repartition: int = 2,
         prior: str = "gaussian",
         epochs: int = 300,
         batch_size: int = 128,
