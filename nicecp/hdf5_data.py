@@ -203,6 +203,10 @@ def member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
     return found
 
 
+class UnreadableAttribute(DataError):
+    """An attribute that would be used is there, and HDF5 cannot read it."""
+
+
 class HDF5Source:
     """A dataset of an HDF5 file as a source; see ``sources.Source``.
 
@@ -311,7 +315,10 @@ class HDF5Source:
 
 
 def _attribute(holder: Any, key: str, kinds: Sequence[int], size: int) -> Any:
-    """The value of a one-dimensional attribute of at most ``size`` elements of an expected class, else None."""
+    """The value of a one-dimensional attribute of at most ``size`` elements of an expected class, else None.
+
+    Raises UnreadableAttribute: one that HDF5 gives up on may have cost gigabytes first, so that nobody is to try again.
+    """
     try:
         if not h5py.h5a.exists(holder.id, key.encode()):
             return None
@@ -320,8 +327,9 @@ def _attribute(holder: Any, key: str, kinds: Sequence[int], size: int) -> Any:
         if attribute.get_type().get_class() not in kinds or len(shape) != 1 or not 0 < shape[0] <= size:
             return None
         return holder.attrs[key]
-    except HDF5_ERRORS:
-        return None
+    except (*HDF5_ERRORS, MemoryError) as error:
+        problem = f"its attribute {key!r} cannot be read ({one_line(error)})"
+        raise UnreadableAttribute(about_file(holder.file.filename, problem, "copy or download it again")) from None
 
 
 def _image_shape(holders: Sequence[Any], n_features: int) -> tuple[int, ...] | None:

@@ -31,7 +31,11 @@ WALL_SECONDS = 60.0
 MEMORY_BYTES = 2**31
 
 _CODE = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from nicecp.probed import main; main()"
-TOO_MUCH_MEMORY, NOT_STARTED = 5, 1  # exit codes; 1 is what Python says of an exception, here in an import
+UNREADABLE, TOO_MUCH_MEMORY, NOT_STARTED = (
+    6,
+    5,
+    1,
+)  # exit codes; 1 is what Python says of an exception, here in an import
 _LISTED = 10_000  # files that are remembered
 
 _Identity = tuple[int, int, int, int]
@@ -128,6 +132,8 @@ def _judge(path: str, code: int) -> None:
         problem = f"the file is damaged (opening it crashed HDF5: {signal.Signals(-code).name})"
     elif code == TOO_MUCH_MEMORY:
         problem = f"opening it takes more than {MEMORY_BYTES >> 30} GiB"
+    elif code == UNREADABLE:
+        problem = "the file is damaged (an attribute of its data cannot be read)"
     elif code == NOT_STARTED:
         logger.warning("%r is read without a look at it in another process: that could not be started", path)
         return

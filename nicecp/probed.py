@@ -17,8 +17,8 @@ def main() -> None:
     """Arguments after the path list: the file and, perhaps, the dataset, both as hexadecimal digits. Never returns."""
     path, *dataset = (os.fsdecode(bytes.fromhex(text)) for text in sys.argv[2:])
     probe.switch_off()
-    import nicecp.datasets
-    import nicecp.hdf5_data  # noqa: F401  before the limits: what an interpreter needs is not the file's doing
+    import nicecp.datasets  # noqa: F401  before the limits: what an interpreter needs is not the file's doing
+    from nicecp.hdf5_data import UnreadableAttribute
 
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, probe.MEMORY_BYTES)
@@ -27,6 +27,8 @@ def main() -> None:
     code = 0
     try:
         look(path, dataset[0] if dataset else None)
+    except UnreadableAttribute:  # there it might be read after all, with more memory than is left here
+        code = probe.UNREADABLE
     except MemoryError:
         code = probe.TOO_MUCH_MEMORY
     except Exception:  # anything that raises ends, here as there
@@ -44,7 +46,7 @@ def look(path: str, dataset: str | None) -> None:
         go_through(path)
         return
     from nicecp.datasets import candidates, locate
-    from nicecp.hdf5_data import HDF5Source
+    from nicecp.hdf5_data import HDF5Source, UnreadableAttribute
     from nicecp.table_files import CompoundSource, columns_below
 
     found = [] if dataset is None else [dataset]
@@ -65,8 +67,13 @@ def look(path: str, dataset: str | None) -> None:
         ):
             _read_ends(table)
             continue
-        with contextlib.suppress(NicecpError), contextlib.closing(HDF5Source(path, name, beside=True)) as source:
-            _read_ends(source)
+        try:
+            with contextlib.closing(HDF5Source(path, name, beside=True)) as source:
+                _read_ends(source)
+        except UnreadableAttribute:
+            raise
+        except NicecpError:
+            pass
 
 
 def _read_ends(source: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -131,6 +132,29 @@ def test_names_and_folders_of_any_kind(tmp_path: Path, children: list[Any], monk
         file["g/été"] = TABLE
     assert open_source(name + ":/g/été").n_rows == 60
     assert [child.returncode for child in children] == [0]
+
+
+def test_texts_that_claim_gigabytes(path: str, children: list[Any]) -> None:
+    """A heap of texts that says it is 4 GiB long: HDF5 sets as much aside before it sees that the file is shorter."""
+    data = bytearray(Path(path).read_bytes())
+    struct.pack_into("<Q", data, data.index(b"GCOL") + 8, 2**32)
+    Path(path).write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=re.escape("the file is damaged (an attribute of its data cannot be read)")):
+        open_source(path)
+    assert [child.returncode for child in children] == [probe.UNREADABLE]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**18, "KiB"
+
+
+def test_an_attribute_that_cannot_be_read_is_an_error_without_the_look_too(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytearray(Path(path).read_bytes())
+    struct.pack_into("<Q", data, data.index(b"GCOL") + 8, 2**20)
+    Path(path).write_bytes(data)
+    monkeypatch.setattr(probe, "_enabled", [False])
+    with pytest.raises(DataError, match=r"x\.h5': its attribute 'columns' cannot be read \(.*\); copy or download"):
+        open_source(path)
 
 
 # --- plugins ---------------------------------------------------------------------------------------------------------
