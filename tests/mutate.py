@@ -1,8 +1,8 @@
 """Changes files at random and reads them: `python -m tests.mutate data|checkpoint --seconds 60 --seed 1`.
 
 Every case runs in a worker process without nicecp.probe's child around it. What makes the worker hang or crash is then
-opened in the ordinary way, and must be refused, or read, in less than five seconds each time. Checkpoints get a digest that is
-right after the change, as only somebody who means it would do; those whose digest is wrong do not reach HDF5 at all.
+opened in the ordinary way, and must be refused, or read, in less than five seconds each time. Checkpoints get a digest
+that is right after the change, as only somebody who means it would do; those whose digest is wrong do not reach HDF5.
 """
 
 from __future__ import annotations
