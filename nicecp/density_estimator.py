@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float64]
 LAST_RATE = 0.01  # of the learning rate, when all epochs are over
+LEAST_REGULARIZATION = 1e-3
+MANY_ROWS = 2**17  # of which it does not matter how many are different
 
 
 class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -67,9 +69,10 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     whiten : "gaussian", "zca" or "none"
         What stands between the data and the flow: the Gaussian of greatest likelihood of the training rows, which the
         flow then improves on, or only columns that are standardised.
-    regularization : float
+    regularization : float or None
         Added to the variances of the standardised columns for the whitening, which tames directions in which the rows
-        do not vary.
+        do not vary. None: 1e-3, or the square of columns per training row (repeated rows count once, those without
+        weight not at all) where that is more, since few rows say little about many directions.
     allow_constant : bool
         Whether columns that hold one value may be fitted: their likelihood has no bound.
     threads : int or None
@@ -106,7 +109,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         valid_fraction: float = 0.1,
         transforms: str | Mapping[Any, str] = "auto",
         whiten: str = "gaussian",
-        regularization: float = 1e-3,
+        regularization: float | None = None,
         allow_constant: bool = False,
         threads: int | None = 1,
         random_state: Seed = None,
@@ -159,10 +162,18 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             allow_constant=self.allow_constant,
             transform=self.transforms,
             whiten=self.whiten,
-            regularization=0.0 if self.whiten == "none" else self.regularization,
+            regularization=self._regularization(rows, sample_weight),
         )
         self.flow_ = flow
         return self
+
+    def _regularization(self, rows: FloatArray, weight: Any) -> float:
+        if self.whiten == "none" or self.regularization is not None:
+            return 0.0 if self.whiten == "none" else float(self.regularization or 0.0)
+        kept = rows if weight is None else rows[np.asarray(weight) > 0]
+        n = len(kept) if len(kept) > MANY_ROWS else len(np.unique(kept, axis=0))
+        share = 1.0 - float(as_fraction(self.valid_fraction))
+        return max(LEAST_REGULARIZATION, float(rows.shape[1] / max(1.0, share * n)) ** 2)
 
     def _optimizer(self, n: int) -> AdaM:
         """AdaM whose rate falls to LAST_RATE of what it was over the steps that there will be."""

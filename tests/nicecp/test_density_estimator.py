@@ -104,6 +104,25 @@ def test_score_is_the_mean_log_density_in_the_units_of_the_data() -> None:
     np.testing.assert_allclose(np.corrcoef(drawn.T), np.corrcoef(x.T), atol=0.1)
 
 
+def test_few_rows_of_many_columns_are_whitened_with_care() -> None:
+    """By (columns / training rows)^2, without which the whitening fits the few rows there are far too closely."""
+    rng = np.random.default_rng(5)
+    x, test = rng.normal(size=(60, 40)), rng.normal(size=(2000, 40))
+    fits = {
+        key: NICEDensity(epochs=2, random_state=0, regularization=value).fit(x).score(test)
+        for key, value in {"default": None, "same": (40 / 54) ** 2, "least": 1e-3}.items()
+    }
+    assert fits["default"] == pytest.approx(fits["same"], rel=1e-9)
+    assert fits["least"] < fits["default"] - 50
+    assert fits["default"] > -0.5 * 40 * np.log(2 * np.pi * np.e) - 15
+    often = NICEDensity(epochs=0, whiten="none")
+    assert often._regularization(x, None) == 0
+    often.set_params(whiten="gaussian")
+    weight = np.repeat([1.0, 0.0], [40, 20])
+    assert often._regularization(np.repeat(x, 7, axis=0), None) == often._regularization(x, None) == (40 / 54) ** 2
+    assert often._regularization(x, weight) == (40 / 36) ** 2
+
+
 def test_random_states_decide() -> None:
     x = correlated(300)[0]
     one, same, other = (NICEDensity(epochs=3, random_state=seed).fit(x) for seed in (1, 1, 2))
