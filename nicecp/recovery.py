@@ -105,11 +105,12 @@ class Recovery:
         found = self._out_of_bounds(clip=True)
         if not set(found) <= self._at_bound:
             self._at_bound.update(found)
-            columns = trainer.train_split.source.info.columns
+            mixed = any(step.kind in ("zca", "triangular") for step in trainer.flow.preprocessing)
+            columns = None if mixed else trainer.train_split.source.info.columns
             labels = [column_label(column, columns) for column in found[:_LISTED]]
             more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-            bound = log_scale_bound(trainer.flow.dtype)
-            self._note("log-scale", f"the log-scale is at its bound of {bound:.1f} nats in columns {', '.join(labels)}"
+            bound, where = log_scale_bound(trainer.flow.dtype), "whitened columns" if mixed else "columns"
+            self._note("log-scale", f"the log-scale is at its bound of {bound:.1f} nats in {where} {', '.join(labels)}"
                        f"{more}: they may be constant, discrete or copies of others")  # fmt: skip
 
     def _go_back(self, why: str) -> None:
@@ -135,7 +136,7 @@ class Recovery:
         bound = log_scale_bound(trainer.flow.dtype)
         columns: list[int] = []
         every = np.arange(trainer.flow.n_features)
-        for own, log_scale in zip(trainer.flow.spec.columns, trainer.views.scaling, strict=True):
+        for own, log_scale in zip(trainer.flow.spec.latent_columns, trainer.views.scaling, strict=True):
             values = backend.copy_out(log_scale)
             beyond = np.flatnonzero(np.abs(values) >= bound)
             columns += every[own][beyond].tolist()

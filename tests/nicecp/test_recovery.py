@@ -186,6 +186,23 @@ def test_a_log_scale_at_its_bound_is_held_and_named(
     assert messages[0] in caplog.text
 
 
+@pytest.mark.parametrize("given", [{"repartition": 1}, {"whiten": "gaussian"}, {"repartition": 2, "couplings": 5}])
+def test_the_columns_that_are_named_are_those_of_the_saved_log_scale(
+    table: str, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """Whatever parts the couplings end with; behind a whitening they are none of the data's columns."""
+
+    class Push(Callback):
+        def on_step(self, trainer: Trainer) -> None:
+            trainer.views.scaling[1][0] = 1000.0
+
+    outcome = train(table, tmp_path / "run.h5", [Push()], epochs=1, **given)
+    log_scale = load(tmp_path / "run.h5").parameters()["scaling/log_scale"]
+    (message,) = [event.message for event in outcome.record.events if event.kind == "log-scale"]
+    what = "whitened columns" if "whiten" in given else "columns"
+    assert f" nats in {what} {int(np.argmax(log_scale))}: they" in message
+
+
 def test_a_constant_column_that_is_allowed_is_reported_in_the_end() -> None:
     x = np.random.default_rng(0).normal(size=(400, 3))
     x[:, 1] = 2.0
