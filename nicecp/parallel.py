@@ -28,6 +28,7 @@ _LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "PMIX_RANK"),
 )
 _PATIENCE = 1.0  # seconds that a failing rank gives the others to fail as well
+_HEARD = 0.5  # seconds that a launcher is given to pass on what a rank has written before it ends all
 _INSTALL = "pip install 'nicecp[mpi]'"
 PIECE = 2**20  # bytes of a sum between ranks of one machine: more does not stay in their caches meanwhile
 
@@ -285,4 +286,5 @@ def failed_alike() -> bool:
 def end_all(code: int) -> None:
     """End all ranks with this code, if there are others; a rank that just left would have them wait for ever."""
     if _world is not None:
+        time.sleep(_HEARD)
         _world.abort(code)
