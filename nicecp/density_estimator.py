@@ -168,8 +168,10 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         return self
 
     def _regularization(self, rows: FloatArray, weight: Any) -> float:
-        if self.whiten == "none" or self.regularization is not None:
-            return 0.0 if self.whiten == "none" else float(self.regularization or 0.0)
+        if self.whiten == "none":
+            return 0.0
+        if self.regularization is not None:
+            return self.regularization
         kept = rows if weight is None else rows[np.asarray(weight) > 0]
         n = len(kept) if len(kept) > MANY_ROWS else len(np.unique(kept, axis=0))
         share = 1.0 - float(as_fraction(self.valid_fraction))

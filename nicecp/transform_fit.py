@@ -59,7 +59,8 @@ def fit_transforms(split: Split, text: str) -> Fitted:
     result = Fitted()
     for i, look in enumerate(looks):
         if wanted[i] == (Transform("auto"),):
-            wanted[i], why = choose(look, info.columns[i] if info.columns else "", gain_of_spline(x[:, i], weights))
+            gain = None if look.repeats else gain_of_spline(x[:, i], weights)
+            wanted[i], why = choose(look, info.columns[i] if info.columns else "", gain)
         elif any(transform.kind == "auto" for transform in wanted[i]):
             raise ValueError(f"transform {shown(wanted[i])!r}: auto stands alone")
         else:

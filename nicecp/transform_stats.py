@@ -46,6 +46,11 @@ class Column:
     sites: float  # multiples of the step for each different value, between the quartiles
 
     @property
+    def repeats(self) -> bool:
+        """One value, or most of them, in many rows: likelihoods of such a column say nothing."""
+        return bool(self.atom_share) or self.different < COARSE
+
+    @property
     def coarse(self) -> bool:
         """Recorded in steps so wide that values repeat."""
         return bool(self.step) and self.different < COARSE and self.sites <= SPARSE
@@ -156,7 +161,8 @@ def choose(column: Column, name: str, gain: float | None) -> tuple[Chain, str]:
     """What ``auto`` gives a column, and why, in words. A bound is never assumed: it has to be given.
 
     gain : mean log-density of held-out rows behind a quantile spline less that behind Student's t, nats; None where
-        there are too few rows to tell. Neither lets a single row cost without bound, as standardisation alone would.
+        there are too few rows to tell, or values repeat. Neither lets a single row cost without bound, as
+        standardisation alone would.
     """
     hint = ""
     span = column.high - column.low
@@ -171,7 +177,7 @@ def choose(column: Column, name: str, gain: float | None) -> tuple[Chain, str]:
     if abs(column.skewness) > 0.5:
         reasons.append("it is skewed")
     shape = " and ".join(reasons) or f"it is {'close to' if column.distance < _NORMAL else 'not'} normal"
-    if column.atom_share or column.different < COARSE:  # a likelihood of such values says nothing
+    if column.repeats:
         return (Transform("quantile"),), f"since values repeat and {shape}{hint}"
     if gain is None:
         return (Transform("student"),), f"since {column.rows} rows are few{hint}"
