@@ -61,8 +61,8 @@ def commands(data: Path | None, quick: bool) -> dict[str, list[str]]:
         "scaling-ranks": ["scaling.py", "ranks"],
         "scaling-predict": ["scaling.py", "predict"],
         "target": ["target.py", "--data", str(mnist)] if mnist is not None and mnist.exists() else [],
-        "tabular": ["tabular.py", "--data", str(data), "--tables", "cms_zmumu", "--models", "nicecp,gmm,kde",
-                    "--epochs", "60"] if table is not None and table.exists() else [],
+        "tabular": ["tabular.py", "--data", str(data), "--tables", "cms_zmumu", "--models", "nicecp,gmm,kde"]
+        if table is not None and table.exists() else [],
     }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""Held-out log-likelihood of the presets tabular-large and tabular-spline on tables, beside scikit-learn's densities.
+"""Held-out log-likelihood of the preset for tables beside scikit-learn's densities.
 
-    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models spline,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER [--tables magic,cms_zmumu] [--models nicecp,gmm,kde,zuko] [--seed 0]
+    python benchmarks/tabular.py --data FOLDER --rows 100,1000 --models nicecp,gmm
 
 FOLDER holds TABLE.h5 with the datasets ``train`` and ``test`` (float columns). The test rows are those of the file; of
 the training rows a sixth, drawn by the seed as nicecp draws it, validates: it chooses the epoch that nicecp keeps, the
 mixture's number of components and the kernel's width. All see the same rows; nicecp computes in float32. Densities are
 of the values as they stand in the file: nothing is dequantized, and every number is in nats per row, in original units.
-standardize is nicecp without transforms of columns; repartition draws the parts of its couplings anew after every two;
-spline is the preset tabular-spline.
+affine is nicecp with couplings that scale and shift, additive the preset tabular, standardize nicecp without column
+transforms. --rows takes so many training rows (of which a sixth validates), drawn by the seed.
 
 gmm: GaussianMixture with full covariances of standardised columns, components of 1 to 64, two starts each. kde:
 KernelDensity, Gaussian, standardised. zuko (where it is installed): a neural spline flow on standardised columns.
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import h5py
 import numpy as np
 
 from benchmarks.records import Records
@@ -38,9 +42,9 @@ TABLES = ("magic", "cms_zmumu", "sdss_dr14", "protein_casp")
 COMPONENTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 WIDTHS = np.geomspace(0.05, 1.0, 9)
 TITLES = {
-    "spline": "nicecp, tabular-spline", "nicecp": "nicecp, tabular-large",
-    "standardize": "nicecp, tabular-large without transforms", "gmm": "scikit-learn GaussianMixture",
-    "kde": "scikit-learn KernelDensity", "zuko": "zuko, neural spline flow",
+    "nicecp": "nicecp, tabular-spline", "affine": "nicecp, tabular-spline --coupling affine",
+    "additive": "nicecp, tabular", "standardize": "nicecp, tabular-spline --transform none",
+    "gmm": "scikit-learn GaussianMixture", "kde": "scikit-learn KernelDensity", "zuko": "zuko, neural spline flow",
 }  # fmt: skip
 Rows = np.ndarray
 
@@ -59,7 +63,7 @@ def nicecp(
     valid: Rows,
     test: Rows,
     seed: int,
-    preset: str = "tabular-large",
+    preset: str = "tabular-spline",
     epochs: int | None = None,
     **choices: Any,
 ) -> tuple[Rows, str]:
@@ -123,28 +127,40 @@ def zuko(path: str, train: Rows, valid: Rows, test: Rows, seed: int) -> tuple[Ro
     return values.double().numpy() - np.log(std).sum(), f"best epoch {best + 1}"
 
 
+def taken(path: str, rows: int, seed: int, folder: str) -> str:
+    """A file of the same table with so many of the training rows, drawn by the seed, and all test rows."""
+    few = str(Path(folder) / f"{Path(path).stem}-{rows}.h5")
+    with h5py.File(path) as file, h5py.File(few, "w") as out:
+        kept = np.random.default_rng(seed).permutation(len(file["train"]))[:rows]
+        out["train"], out["test"] = file["train"][()][kept], file["test"][()]
+    return few
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the tables")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--models", default="spline,nicecp,standardize,gmm,kde", help="also repartition, zuko")
+    parser.add_argument("--models", default="nicecp,affine,additive,gmm,kde", help="also standardize, zuko")
+    parser.add_argument("--rows", default="0", help="training rows to take, such as 100,1000; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of every model")
     parser.add_argument("--epochs", type=int, help="of nicecp (default: the preset's)")
     parser.add_argument("--json", type=Path, help="write all numbers here, as JSON lines")
     given = parser.parse_args()
     records = Records(given.json, "tabular")
     models: dict[str, Callable[..., tuple[Rows, str]]] = {
-        "spline": partial(nicecp, preset="tabular-spline", epochs=given.epochs),
         "nicecp": partial(nicecp, epochs=given.epochs),
+        "affine": partial(nicecp, coupling=("affine",), epochs=given.epochs),
+        "additive": partial(nicecp, preset="tabular", epochs=given.epochs),
         "standardize": partial(nicecp, transform="none", epochs=given.epochs),
-        "repartition": partial(nicecp, repartition=2, epochs=given.epochs),
         "gmm": gmm,
         "kde": kde,
         "zuko": zuko,
     }
     warnings.simplefilter("ignore")
-    for table in given.tables.split(","):
+    held = tempfile.TemporaryDirectory()
+    for table, rows in itertools.product(given.tables.split(","), map(int, given.rows.split(","))):
         path = str(Path(given.data) / f"{table}.h5")
+        path = taken(path, rows, given.seed, held.name) if rows else path
         with open_splits(path, seed=given.seed) as splits:
             if splits.valid is None or splits.test is None:
                 raise SystemExit(f"{path!r} needs rows to validate and to test on")
@@ -166,6 +182,7 @@ def main() -> None:
             error = float(values.std(ddof=1) / np.sqrt(len(values)))
             records.values(group, TITLES[name], "standard error", [error])
             records.values(group, TITLES[name], "s to fit and score", [seconds])
+    held.cleanup()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from nicecp.evaluate import Evaluation
 from nicecp.machine import as_bytes, blas_version
 from nicecp.outcome import Outcome
 from nicecp.plan import cost_of_run, time_steps
+from nicecp.presets import Settings
 from nicecp.profile import profile_step
 from nicecp.run import Run
 
 OUTPUT_FAILED = 2
+COLUMNS = 20  # of which is said what they were given
 PROFILE_SECONDS = 1.0  # for each part of a step
 
 
@@ -66,13 +68,22 @@ def beginning(run: Run) -> list[str]:
     lines = [
         f"data: {source_line(run.splits.train.source)}; {splits_line(run.splits)}",
         f"model: {model_line(run.flow.spec)}; preset {settings.preset}, {settings.optimizer.kind}, "
-        f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}",
+        f"batches of {settings.batch_size}, {plural(settings.epochs, 'epoch')}{_regularized(settings)}",
         f"device: {backend.device}, {plural(threads, 'thread')}, {blas_version()}{_ranks(run)}",
     ]
-    lines += [f"column {event.message}" for event in run.trainer.record.events if event.kind == "transform"]
+    columns = [f"column {event.message}" for event in run.trainer.record.events if event.kind == "transform"]
+    lines += columns[:COLUMNS]
+    if len(columns) > COLUMNS:
+        lines.append(f"and {plural(len(columns) - COLUMNS, 'other column')}, which nicecp info {run.state} will show")
     if run.resumed:
         lines.append(f"resumed after {_position(run)} of the next")
     return lines
+
+
+def _regularized(settings: Settings) -> str:
+    """', weight decay 0.5, gaussian whitening', as far as there is any."""
+    decay = f", weight decay {settings.weight_decay:.2g}" if settings.weight_decay else ""
+    return decay + (f", {settings.whiten} whitening" if settings.whiten != "none" else "")
 
 
 def _ranks(run: Run) -> str:

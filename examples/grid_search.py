@@ -17,7 +17,7 @@ from nicecp import NICEDensity
 def main() -> None:
     train, test = banana.sample(4000, seed=0), banana.sample(20_000, seed=1)
     grid = {"n_couplings": [3, 6], "whiten": ["none", "gaussian"]}
-    estimator = NICEDensity(epochs=60, random_state=0)
+    estimator = NICEDensity((32, 32), epochs=40, batch_size=128, random_state=0)
     search = GridSearchCV(estimator, grid, cv=3, n_jobs=2).fit(train)
     for parameters, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
         print(f"{score:8.3f} nats  {parameters}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from nicecp.errors import MissingExtra
 from nicecp.fitting import fit
 from nicecp.flow import NICE
 from nicecp.optimizers import AdaM
+from nicecp.preset_table import PRESETS, Preset
 from nicecp.sources import ArraySource
 from nicecp.split import as_fraction
+from nicecp.table_size import TableSize, shrinkage, sized
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
@@ -29,13 +32,14 @@ if TYPE_CHECKING:
     Seed = int | RandomState | None
 
 FloatArray = NDArray[np.float64]
-LAST_RATE = 0.01  # of the learning rate, when all epochs are over
-LEAST_REGULARIZATION = 1e-3
 MANY_ROWS = 2**17  # of which it does not matter how many are different
 
 
 class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A normalizing flow of NICE couplings as a density of rows of numbers.
+    """A normalizing flow of NICE couplings as a density of rows of numbers: the preset tabular-spline as an estimator.
+
+    Parameters that are None follow the number of training rows and columns (nicecp.table_size): few rows get small
+    batches and a strong weight decay. Repeated rows count once there, those without weight not at all.
 
     Parameters
     ----------
@@ -52,12 +56,15 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         for the same two parts, odd and even columns, throughout.
     prior : "gaussian" or "logistic"
         Of the latent components.
-    epochs : int
+    epochs : int or None
         Passes over the training rows, at most.
-    batch_size : int
+    batch_size : int or None
         Rows of a training step.
     learning_rate : float
-        At the beginning; it falls exponentially, to a hundredth after all epochs.
+        At the beginning; over the epochs it falls to almost 0, as half a cosine does.
+    weight_decay : float or None
+        At every step the networks' weights are multiplied by 1 - rate * weight_decay: what is learned of single rows
+        by heart fades.
     patience : int or None
         Epochs without a better validation log-likelihood before training stops; None never stops.
     valid_fraction : float
@@ -66,13 +73,14 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     transforms : str or mapping
         Of single columns, before they are standardised: "auto", "quantile", "none", or one for each column, as in
         {"mass": "log", "*": "quantile"} (docs/tables.md). ``record_.events`` say what each column was given, and why.
-    whiten : "gaussian", "zca" or "none"
+    whiten : "gaussian", "zca", "none" or None
         What stands between the data and the flow: the Gaussian of greatest likelihood of the training rows, which the
-        flow then improves on, or only columns that are standardised.
+        flow then improves on, or only columns that are standardised. None: "gaussian" for 16 columns or more of which
+        there are fewer than a thousand training rows each, else "none".
     regularization : float or None
         Added to the variances of the standardised columns for the whitening, which tames directions in which the rows
-        do not vary. None: 1e-3, or the square of columns per training row (repeated rows count once, those without
-        weight not at all) where that is more, since few rows say little about many directions.
+        do not vary. None: 1e-3, or the square of columns per training row where that is more, since few rows say
+        little about many directions.
     allow_constant : bool
         Whether columns that hold one value may be fitted: their likelihood has no bound.
     threads : int or None
@@ -96,19 +104,20 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     def __init__(
         self,
-        hidden: Sequence[int] = (64, 64),
-        n_couplings: int = 4,
+        hidden: Sequence[int] = (128, 128),
+        n_couplings: int = 6,
         *,
         coupling: str | Sequence[str] = "spline",
         repartition: int = 2,
-        prior: str = "gaussian",
-        epochs: int = 300,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        patience: int | None = 30,
-        valid_fraction: float = 0.1,
+        prior: str = "logistic",
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float = 2e-3,
+        weight_decay: float | None = None,
+        patience: int | None = None,
+        valid_fraction: float = 1 / 6,
         transforms: str | Mapping[Any, str] = "auto",
-        whiten: str = "gaussian",
+        whiten: str | None = None,
         regularization: float | None = None,
         allow_constant: bool = False,
         threads: int | None = 1,
@@ -122,6 +131,7 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
         self.patience = patience
         self.valid_fraction = valid_fraction
         self.transforms = transforms
@@ -149,40 +159,43 @@ class NICEDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             coupling=self.coupling, repartition=self.repartition, init="table", threads=self.threads,
         )  # fmt: skip
         source: Any = ArraySource(rows, "X", columns=getattr(self, "feature_names_in_", None))
+        chosen = self._chosen(rows, sample_weight)
         self.record_ = fit(
             flow,
             source,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            optimizer=self._optimizer(len(rows)),
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            optimizer=AdaM(self.learning_rate),
+            schedule=chosen.schedule,
+            weight_decay=chosen.weight_decay,
             patience=self.patience,
             valid_fraction=self.valid_fraction,
             seed=seed,
             sample_weight=sample_weight,
             allow_constant=self.allow_constant,
             transform=self.transforms,
-            whiten=self.whiten,
-            regularization=self._regularization(rows, sample_weight),
+            whiten=chosen.whiten,
+            regularization=chosen.regularization,
         )
         self.flow_ = flow
         return self
 
-    def _regularization(self, rows: FloatArray, weight: Any) -> float:
-        if self.whiten == "none":
-            return 0.0
-        if self.regularization is not None:
-            return self.regularization
+    def _chosen(self, rows: FloatArray, weight: Any) -> Preset:
+        """The preset for so many rows, and in place of its values the parameters that are not None."""
         kept = rows if weight is None else rows[np.asarray(weight) > 0]
         n = len(kept) if len(kept) > MANY_ROWS else len(np.unique(kept, axis=0))
-        share = 1.0 - float(as_fraction(self.valid_fraction))
-        return max(LEAST_REGULARIZATION, float(rows.shape[1] / max(1.0, share * n)) ** 2)
-
-    def _optimizer(self, n: int) -> AdaM:
-        """AdaM whose rate falls to LAST_RATE of what it was over the steps that there will be."""
-        held = as_fraction(self.valid_fraction)
-        rows = n - n * held.numerator // held.denominator
-        steps = max(1, self.epochs * (rows // max(1, min(self.batch_size, rows))))
-        return AdaM(self.learning_rate, rate_decay=LAST_RATE ** (-1.0 / steps))
+        n = max(1, int((1 - as_fraction(self.valid_fraction)) * n))
+        preset = sized(PRESETS["tabular-spline"], TableSize(n, rows.shape[1], float(n)))
+        whiten = preset.whiten if self.whiten is None else self.whiten
+        least = 0.0 if whiten == "none" else shrinkage(n, rows.shape[1])
+        return replace(
+            preset,
+            epochs=preset.epochs if self.epochs is None else self.epochs,
+            batch_size=preset.batch_size if self.batch_size is None else self.batch_size,
+            weight_decay=preset.weight_decay if self.weight_decay is None else self.weight_decay,
+            whiten=whiten,
+            regularization=least if self.regularization is None or whiten == "none" else self.regularization,
+        )
 
     def score_samples(self, X: ArrayLike) -> FloatArray:
         """Log-density of rows X : (n, d) -> (n,) float64, nats."""

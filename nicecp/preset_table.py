@@ -1,4 +1,4 @@
-"""The presets: the paper's models, those of the authors' published files, and four of our own."""
+"""The presets: the paper's models, those of the authors' published files, and three of our own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from nicecp.optimizers import AdaM, Optimizer, RMSProp
 from nicecp.transform_spec import NONE
 
 VALID_FRACTION = 1 / 6
+WIDEST_SPLINES = 1_000  # columns: splines need 23 outputs of a network for each of them
 RANGE = (0.0, 1.0)
 
 
@@ -40,6 +41,8 @@ class Preset:
     schedule: str = "constant"
     weight_decay: float = 0.0
     repartition: int = 0
+    regularization: float = 0.0
+    by_size: bool = False  # some of these follow the table's rows and columns: nicecp.table_size
 
 
 PAPER_ADAM = AdaM(rate=1e-3, momentum=0.9, beta2=0.01, lam=1.0, epsilon=1e-4)
@@ -136,23 +139,18 @@ PRESETS = {
             valid_fraction=FIFTH,
             partition="halves",
         ),
-        Preset("tabular", "tables of floats", (64,) * 2, 8, "logistic", "table", TABULAR_ADAM, 256, 300, 30),
-        # The best found by validation on four tables (docs/results.md, "Tables"): a larger flow gains nothing there
-        # without the decay of its weights, and single rows far out cost less under the logistic prior.
         Preset(
-            "tabular-large",
-            "tables of floats, in minutes",
-            (128,) * 2,
-            12,
+            "tabular",
+            "tables of floats, additive couplings",
+            (64,) * 2,
+            8,
             "logistic",
             "table",
             TABULAR_ADAM,
             256,
-            200,
-            transform="quantile",
-            coupling=("affine",),
-            schedule="cosine",
-            weight_decay=0.5,
+            300,
+            30,
+            transform="auto",
         ),
         # A neural spline flow (Durkan et al. 2019): docs/results.md, "Splines on tables". Parts that change let any two
         # columns meet in a network.
@@ -166,11 +164,12 @@ PRESETS = {
             TABULAR_ADAM,
             256,
             100,
-            transform="quantile",
+            transform="auto",
             coupling=("spline",),
             schedule="cosine",
-            weight_decay=0.5,
+            weight_decay=0.05,
             repartition=2,
+            by_size=True,
         ),
         Preset("demo", "the drawn digits", (256,) * 3, 4, "logistic", "he", DEMO_ADAM, 100, 50),
     )
@@ -183,10 +182,12 @@ def valid_fraction_of(name: str) -> float:
     return PRESETS[name].valid_fraction if name in PRESETS else VALID_FRACTION
 
 
-def choose(name: str, data: Any, eight_bit: bool) -> Preset:
-    """The preset of a name; "auto" is demo for the data "demo", mnist for 8-bit data, tabular for floats."""
+def choose(name: str, data: Any, eight_bit: bool, columns: int = 0) -> Preset:
+    """The preset of a name; "auto" is demo for the data "demo", mnist for 8-bit data, tabular-spline for floats, but
+    tabular for very many columns."""
     if name == "auto":
-        name = "demo" if isinstance(data, str) and data == "demo" else "mnist" if eight_bit else "tabular"
+        table = "tabular-spline" if columns <= WIDEST_SPLINES else "tabular"
+        name = "demo" if isinstance(data, str) and data == "demo" else "mnist" if eight_bit else table
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(CHOICES)}")
     return PRESETS[name]

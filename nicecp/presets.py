@@ -18,6 +18,7 @@ from nicecp.partition import MAX_COLUMNS
 from nicecp.preset_table import RANGE, choose
 from nicecp.registry import MLP, is_law, is_network
 from nicecp.spec import DTYPES, LAWS, ModelSpec, alternating, partition_of, repartitioned
+from nicecp.table_size import TableSize, sized
 from nicecp.train_config import TrainConfig
 from nicecp.transform_spec import NONE, as_text, parse
 from nicecp.whitening import KINDS
@@ -159,13 +160,18 @@ def resolve(
     preset: str = "auto",
     optimizer: str | None = None,
     numbers: Mapping[str, float | None] | None = None,
+    size: TableSize | None = None,
     **given: Any,
 ) -> Settings:
     """The settings of a run: what is given (names of NAMES, None left out), else the preset's, else the data's.
 
+    size : of the training rows, which some presets follow (nicecp.table_size).
+
     Raises ValueError where a value is out of bounds or does not apply to the data.
     """
-    chosen = choose(preset, data, eight_bit)
+    chosen = choose(preset, data, eight_bit, 0 if size is None else size.columns)
+    if size is not None and not eight_bit:
+        chosen = sized(chosen, size)
     check_names(given)
     values = {name: value for name, value in given.items() if value is not None}
     if "transform" in values:
@@ -212,6 +218,7 @@ def resolve(
         schedule=chosen.schedule,
         weight_decay=chosen.weight_decay,
         repartition=chosen.repartition,
+        regularization=chosen.regularization,
     )
     if chosen.hidden_by_coupling is not None and "couplings" in values and "hidden" not in values:
         raise ValueError(f"couplings must be those of the preset {chosen.name!r}, unless hidden is given too")
@@ -224,6 +231,10 @@ def resolve(
         values.setdefault("partition", "permutation")
     if "partition" in values:  # a preset's is for its own
         values.setdefault("repartition", 0)
+    if "whiten" in values:  # as well
+        values.setdefault("regularization", 0.0)
+    if "logit" in values or values.get("standardize") is False:  # columns as they are, or all of them in one way
+        values.setdefault("transform", NONE)
     settings = replace(settings, **values)
     check(settings)
     return settings

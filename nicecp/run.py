@@ -35,6 +35,7 @@ from nicecp.records import note_differences
 from nicecp.scoring import accept_changed_data, check_same_data, recorded_settings
 from nicecp.signals import stopping
 from nicecp.split import SHUFFLE_WINDOW
+from nicecp.table_size import TableSize
 from nicecp.train import Callback, Trainer
 
 logger = logging.getLogger("nicecp")
@@ -128,7 +129,10 @@ class Run:
             splits = open_splits(data, fraction, 0 if seed is None else seed)
             held.callback(splits.close)
             source, rows = splits.train.source, len(splits.train)
-            settings = resolve(plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, **given)
+            size = TableSize.of(splits.train)
+            settings = resolve(
+                plain_data(data), source.is_image8, SHUFFLE_WINDOW, preset, optimizer, numbers, size, **given
+            )
             if given.get("batch_size") is None:
                 settings = replace(settings, batch_size=min(settings.batch_size, max(1, rows)))
             backend = open_for(communicator, device, threads)

@@ -154,7 +154,7 @@ def test_figures_are_at_the_rows_contexts(folder: Path) -> None:
 
 
 def test_resuming_finds_them_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--data", "columns.h5", "--context", "u,v", "--weights", "w"]
+    options = ["--data", "columns.h5", "--context", "u,v", "--weights", "w", "--preset", "tabular"]
     assert run("train", *options, "--out", "whole.h5", *SMALL[:-1], "4") == 0
     assert run("train", *options, "--out", "part.h5", *SMALL) == 0
     assert run("train", "--resume", "part.h5", "--epochs", "4") == 0

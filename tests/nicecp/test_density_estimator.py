@@ -30,9 +30,10 @@ from nicecp import NICEDensity  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 # Not the default of any parameter.
 OTHER: dict[str, Any] = {
-    "hidden": (8,), "n_couplings": 3, "coupling": "additive", "repartition": 1, "prior": "logistic", "epochs": 4,
-    "batch_size": 30, "learning_rate": 5e-3, "patience": 2, "valid_fraction": 0.25, "transforms": "none",
-    "whiten": "zca", "regularization": 0.5, "allow_constant": True, "threads": 2, "random_state": 3,
+    "hidden": (8,), "n_couplings": 3, "coupling": "additive", "repartition": 1, "prior": "gaussian", "epochs": 4,
+    "batch_size": 30, "learning_rate": 5e-3, "weight_decay": 0.125, "patience": 2,
+    "valid_fraction": 0.25, "transforms": "none", "whiten": "zca", "regularization": 0.5, "allow_constant": True,
+    "threads": 2, "random_state": 3,
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def correlated(n: int, seed: int = 0) -> Any:
     return x, -1.5 * np.log(2 * np.pi * np.e) - np.log(np.abs(np.linalg.det(factor)))
 
 
-@parametrize_with_checks([NICEDensity(), NICEDensity(coupling="additive", prior="logistic", epochs=5)])
+@parametrize_with_checks([NICEDensity(), NICEDensity(coupling="additive", prior="gaussian", epochs=5)])
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
@@ -74,19 +75,38 @@ def test_every_parameter_is_kept_and_used() -> None:
     flow, record = fitted.flow_, fitted.record_
     assert [coupling.hidden for coupling in flow.spec.couplings] == [(8,)] * 3
     assert [coupling.order is not None for coupling in flow.spec.couplings] == [False, True, True]
-    assert ({coupling.law for coupling in flow.spec.couplings}, flow.spec.prior) == ({"additive"}, "logistic")
+    assert ({coupling.law for coupling in flow.spec.couplings}, flow.spec.prior) == ({"additive"}, "gaussian")
     assert flow.backend.threads == 2
     assert (record.epoch, record.history[0].epoch) == (4, 1)
     assert (flow.preprocessing[1].kind, flow.preprocessing[1].regularization) == ("zca", 0.5)
-    # 150 rows in batches of 30 are five steps an epoch: the rate has fallen to a hundredth after twenty.
-    assert record.history[-1].learning_rate == pytest.approx(5e-5)
+    assert record.history[-1].learning_rate == pytest.approx(5e-3 * 0.5 * (1 + np.cos(0.75 * np.pi)))
+    kept = clone(estimator).set_params(weight_decay=0.0).fit(correlated(200)[0]).flow_.parameters()
+    decayed = flow.parameters()
+    norms = [np.linalg.norm(values["couplings/0/layers/0/weight"]) for values in (decayed, kept)]
+    assert 0.9 < norms[0] / norms[1] < 0.9999
     with pytest.raises(DataError, match="constant columns"):
         NICEDensity(epochs=1).fit(np.ones((50, 2)) * [1, 2])
     NICEDensity(epochs=1, allow_constant=True).fit(np.ones((50, 2)) * [1, 2])
-    bare = NICEDensity(epochs=1, whiten="none").fit(correlated(50)[0])
-    assert "triangular" not in [step.kind for step in bare.flow_.preprocessing]
+    white = NICEDensity(epochs=1, transforms="quantile", whiten="gaussian").fit(correlated(200)[0]).flow_.preprocessing
+    assert [step.kind for step in white] == ["quantile", "standardize", "triangular"]
     steps = NICEDensity(epochs=1, transforms="quantile").fit(correlated(200)[0]).flow_.preprocessing
-    assert [step.kind for step in steps] == ["quantile", "standardize", "triangular"]
+    assert [step.kind for step in steps] == ["quantile", "standardize"]
+
+
+def test_what_is_not_given_follows_rows_and_columns() -> None:
+    """As the preset tabular-spline: repeated rows count once, those without weight not at all."""
+    x = np.random.default_rng(5).normal(size=(60, 40))
+    chosen = NICEDensity()._chosen(x, None)
+    assert (chosen.batch_size, chosen.epochs, chosen.weight_decay) == (32, 100, 20.0)
+    assert (chosen.whiten, chosen.regularization) == ("gaussian", (40 / 50) ** 2)
+    assert NICEDensity()._chosen(np.repeat(x, 7, axis=0), None) == chosen
+    weight = np.repeat([1.0, 0.0], [42, 18])
+    assert NICEDensity()._chosen(x, weight).regularization == (40 / 35) ** 2
+    assert NICEDensity(whiten="zca")._chosen(x[:, :8], None).regularization == (8 / 50) ** 2
+    assert NICEDensity()._chosen(x[:, :8], None).whiten == "none"
+    assert NICEDensity(whiten="none", regularization=0.5)._chosen(x, None).regularization == 0
+    given = NICEDensity(epochs=3, batch_size=7, weight_decay=0.0, regularization=0.5)._chosen(x, None)
+    assert (given.epochs, given.batch_size, given.weight_decay, given.regularization) == (3, 7, 0.0, 0.5)
 
 
 def test_score_is_the_mean_log_density_in_the_units_of_the_data() -> None:
@@ -110,17 +130,11 @@ def test_few_rows_of_many_columns_are_whitened_with_care() -> None:
     x, test = rng.normal(size=(60, 40)), rng.normal(size=(2000, 40))
     fits = {
         key: NICEDensity(epochs=2, random_state=0, regularization=value).fit(x).score(test)
-        for key, value in {"default": None, "same": (40 / 54) ** 2, "least": 1e-3}.items()
+        for key, value in {"default": None, "same": (40 / 50) ** 2, "least": 1e-3}.items()
     }
     assert fits["default"] == pytest.approx(fits["same"], rel=1e-9)
-    assert fits["least"] < fits["default"] - 50
-    assert fits["default"] > -0.5 * 40 * np.log(2 * np.pi * np.e) - 15
-    often = NICEDensity(epochs=0, whiten="none")
-    assert often._regularization(x, None) == 0
-    often.set_params(whiten="gaussian")
-    weight = np.repeat([1.0, 0.0], [40, 20])
-    assert often._regularization(np.repeat(x, 7, axis=0), None) == often._regularization(x, None) == (40 / 54) ** 2
-    assert often._regularization(x, weight) == (40 / 36) ** 2
+    assert fits["least"] < fits["default"] - 30
+    assert fits["default"] > -0.5 * 40 * np.log(2 * np.pi * np.e) - 25
 
 
 def test_random_states_decide() -> None:

@@ -97,7 +97,9 @@ def test_the_command_line_offers_every_preset() -> None:
 def test_auto_follows_the_data() -> None:
     assert choose("auto", "demo", True).name == "demo"
     assert choose("auto", "a.h5", True).name == "mnist"
-    assert choose("auto", "a.h5", False).name == "tabular"
+    assert choose("auto", "a.h5", False).name == "tabular-spline"
+    assert choose("auto", "a.h5", False, 1000).name == "tabular-spline"
+    assert choose("auto", "a.h5", False, 1001).name == "tabular"
     assert choose("tabular", "demo", True).name == "tabular"
     assert set(CHOICES) == {"auto", *PRESETS}
     with pytest.raises(ValueError, match=r"'mnits'.*mnist"):
@@ -106,7 +108,7 @@ def test_auto_follows_the_data() -> None:
 
 def test_what_is_given_wins_and_none_does_not() -> None:
     settings = resolve("a.h5", False, WINDOW, hidden=(3, 4), epochs=7, couplings=None, prior="gaussian", seed=5)
-    preset = PRESETS["tabular"]
+    preset = PRESETS["tabular-spline"]
     assert (settings.hidden, settings.epochs, settings.prior, settings.seed) == ((3, 4), 7, "gaussian", 5)
     assert (settings.couplings, settings.batch_size, settings.dtype) == (preset.couplings, preset.batch_size, "float64")
     assert resolve("a.h5", True, WINDOW, dtype="float64").dtype == "float64"
@@ -120,7 +122,7 @@ def test_a_presets_parts_are_for_its_own_partition() -> None:
     for given in ({"partition": "halves"}, {"order": (1, 0, 2, 3)}, {"repartition": 0}):
         assert resolve("a.h5", False, WINDOW, "tabular-spline", **given).repartition == 0
     assert resolve("a.h5", False, WINDOW, "tabular-spline", partition="halves", repartition=3).repartition == 3
-    assert PRESETS["tabular"].init == PRESETS["tabular-large"].init == PRESETS["tabular-spline"].init == "table"
+    assert PRESETS["tabular"].init == PRESETS["tabular-spline"].init == "table"
     assert PRESETS["demo"].init == "he", "images are not standardised"
 
 
@@ -155,7 +157,7 @@ def test_optimizers() -> None:
         (False, {"whiten": "zca", "regularization": -1.0}, "regularization must be at least 0"),
         (False, {"regularization": 0.1}, "leave it out"),
         (False, {"whiten": "approximate", "regularization": 0.1}, "leave it out"),
-        (False, {"hidden_by_coupling": ((3,), (3,))}, "hidden_by_coupling must be 8 lists"),
+        (False, {"hidden_by_coupling": ((3,), (3,))}, "hidden_by_coupling must be 6 lists"),
         (False, {"couplings": 1, "hidden_by_coupling": ((0,),)}, "at least 1"),
         (True, {"preset": "tfd-code", "couplings": 4}, "couplings must be those of the preset 'tfd-code'"),
     ],
@@ -214,9 +216,9 @@ def test_contradictions() -> None:
     settings = resolve("a.h5", False, WINDOW, hidden=(8, 8), seed=3)
     assert contradiction(settings) == ""
     assert contradiction(settings, epochs=10**6, patience=1) == ""
-    assert contradiction(settings, "tabular", "adam", {"rate": 2e-3}, hidden=(8, 8), seed=3, dtype="auto") == ""
+    assert contradiction(settings, "tabular-spline", "adam", {"rate": 2e-3}, hidden=(8, 8), seed=3, dtype="auto") == ""
     assert contradiction(settings, hidden=(8,)) == "hidden is 8,8 in the run, 8 was asked for"
-    assert contradiction(settings, preset="mnist") == "preset is tabular in the run, mnist was asked for"
+    assert contradiction(settings, preset="mnist") == "preset is tabular-spline in the run, mnist was asked for"
     assert contradiction(settings, optimizer="rmsprop").startswith("optimizer is adam")
     assert contradiction(settings, numbers={"rate": 0.5, "beta2": None}).startswith("rate is 0.002 in the run")
     assert "average" in contradiction(settings, numbers={"average": 0.5})

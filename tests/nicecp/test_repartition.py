@@ -63,7 +63,8 @@ def test_which_couplings_have_orders_of_their_own() -> None:
     assert (flow.spec.partition, flow.spec.order) == ("permutation", first)
     assert [c.order for c in flow.spec.couplings] == [None, None, None, drawn[0], None, None, drawn[1]]
     assert flow.spec.latent_order.tolist() == list(drawn[1])
-    settings = resolve("a.h5", False, 100, seed=9, partition="random", repartition=3, couplings=7, hidden=(4,))
+    settings = resolve("a.h5", False, 100, "tabular", None, None, None, seed=9, partition="random", repartition=3,
+                       couplings=7, hidden=(4,))  # fmt: skip
     assert settings.model_spec(5).couplings == flow.spec.couplings
     plain = NICE(5, (4,), 7, seed=9)
     assert all(c.order is None for c in plain.spec.couplings)
@@ -183,7 +184,7 @@ def test_a_saved_flow_keeps_its_orders_and_the_documented_reader_reads_them(tmp_
 
 
 def test_files_without_other_parts_are_as_they_were(tmp_path: Path) -> None:
-    train(write_table(tmp_path / "table.h5"), tmp_path / "run.h5", epochs=1)
+    train(write_table(tmp_path / "table.h5"), tmp_path / "run.h5", epochs=1, preset="tabular")
     with h5py.File(tmp_path / "run.h5") as file:
         assert b"repartition" not in file["training/config"][()].tobytes()
         assert all("order" not in file[f"model/couplings/{k}"] for k in range(3))
@@ -208,7 +209,7 @@ def test_settings_go_through_json() -> None:
     settings = resolve("a.h5", False, 100, repartition=2)
     assert type(settings).from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert contradiction(settings, repartition=3) == "repartition is 2 in the run, 3 was asked for"
-    plain = resolve("a.h5", False, 100)
+    plain = resolve("a.h5", False, 100, "tabular")
     assert "repartition" not in plain.to_json()
     assert type(plain).from_json(plain.to_json()) == plain
     with pytest.raises(ValueError, match="repartition must be at least 0, got -2"):

@@ -144,7 +144,8 @@ def test_a_failed_checkpoint_on_the_way_is_a_warning(
         outcome = train(table, out, epochs=1, checkpoint_every=1e-9)
     assert outcome.finished
     assert "no space" in caplog.text
-    assert [event.kind for event in load_run(out)[1].events] == ["not saved"]  # type: ignore[union-attr]
+    kinds = [event.kind for event in load_run(out)[1].events]  # type: ignore[union-attr]
+    assert [kind for kind in kinds if kind != "transform"] == ["not saved"]
 
 
 def test_a_failure_at_the_end_is_an_error(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +219,8 @@ def test_resuming_with_other_threads_is_noted(table: str, tmp_path: Path, caplog
     ]
     record = load_run(out)[1]
     assert record is not None
-    assert [(event.epoch, event.step, event.kind) for event in record.events] == [(0, 3, "resumed")]
+    noted = [(event.epoch, event.step, event.kind) for event in record.events if event.kind != "transform"]
+    assert noted == [(0, 3, "resumed")]
     assert record.threads == 2
     caplog.clear()
     with caplog.at_level(logging.WARNING, "nicecp"):
