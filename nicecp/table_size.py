@@ -15,7 +15,7 @@ DECAY_ROWS, DECAY_COLUMNS = 250.0, 8  # weight decay times training rows, for ea
 MOST_DECAY = 20.0
 BATCHES = ((5_000, 32), (20_000, 64), (60_000, 128))  # up to so many training rows
 LARGE_BATCH = 256
-MOST_VISITS = 5_000_000  # of rows in all epochs: beyond, fewer epochs do
+MOST_VISITS = 50_000_000  # of numbers in all epochs: beyond, fewer epochs do
 LEAST_EPOCHS = 20
 LEAST_REGULARIZATION = 1e-3
 FEWEST_WHITENED, MOST_WHITENED = 16, 2_000  # columns: of fewer, a flow learns the covariance; of more, it takes long
@@ -47,7 +47,7 @@ def sized(preset: Preset, size: TableSize) -> Preset:
     return replace(
         preset,
         batch_size=next((batch for most, batch in BATCHES if rows <= most), LARGE_BATCH),
-        epochs=max(LEAST_EPOCHS, min(preset.epochs, MOST_VISITS // rows)),
+        epochs=max(LEAST_EPOCHS, min(preset.epochs, MOST_VISITS // (rows * columns))),
         weight_decay=min(MOST_DECAY, max(preset.weight_decay, DECAY_ROWS * max(DECAY_COLUMNS, columns) / effective)),
         whiten="gaussian" if whitened else preset.whiten,
         regularization=shrinkage(effective, columns) if whitened else preset.regularization,

@@ -20,6 +20,7 @@ from nicecp.transforms import Angle, ColumnStep, Log, Logit, Quantile, Recorded,
 FloatArray = NDArray[np.float64]
 
 MAX_ROWS = 2**17  # rows that transforms are fitted to, in blocks from all over the training rows
+MAX_NUMBERS = 2**23  # of all columns: very wide tables are looked at in fewer rows, so that this takes a minute at most
 KNOTS = (8, 16, 32, 64, 128, 256)  # how many are tried, on rows held out of the fit
 _HELD = 5  # every fifth row
 _TO_COMPARE = (20, 2**14)  # rows by which quantile splines and Student's t are compared: at least, at most
@@ -37,8 +38,9 @@ class Fitted:
 
 
 def sample_of(split: Split) -> tuple[FloatArray, FloatArray | None]:
-    """(n, d) float64: all rows of a split, or about MAX_ROWS in blocks from all over it; and their weights (n,)."""
-    wanted = max(1, MAX_ROWS // BLOCK)
+    """(n, d) float64: all rows of a split, or about MAX_ROWS in blocks from all over it, fewer of more than 64 columns;
+    and their weights (n,)."""
+    wanted = max(1, min(MAX_ROWS, MAX_NUMBERS // split.source.n_features) // BLOCK)
     blocks = np.unique(np.linspace(0, split.n_blocks - 1, min(wanted, split.n_blocks)).astype(np.int64))
     data, rows = split.load_blocks(blocks)
     weight = split.source.weight
@@ -59,7 +61,11 @@ def fit_transforms(split: Split, text: str) -> Fitted:
     result = Fitted()
     for i, look in enumerate(looks):
         if wanted[i] == (Transform("auto"),):
-            gain = None if look.repeats else gain_of_spline(x[:, i], weights)
+            gain = (
+                None
+                if look.repeats
+                else gain_of_spline(x[:, i], weights, max(_FOLDED, MAX_NUMBERS // 8 // len(labels)))
+            )
             wanted[i], why = choose(look, info.columns[i] if info.columns else "", gain)
         elif any(transform.kind == "auto" for transform in wanted[i]):
             raise ValueError(f"transform {shown(wanted[i])!r}: auto stands alone")
@@ -178,11 +184,11 @@ def quantile_knots(values: FloatArray, weights: FloatArray | None = None) -> spl
     return spline.fit_knots(values, best, weights)
 
 
-def gain_of_spline(values: FloatArray, weights: FloatArray | None = None) -> float | None:
+def gain_of_spline(values: FloatArray, weights: FloatArray | None = None, rows: int = MAX_ROWS) -> float | None:
     """Nats a row, on rows held out of the fits, by which a quantile spline describes a column better than Student's t;
-    None for too few rows."""
+    None for too few rows. rows : at most so many are used."""
     least, most = _TO_COMPARE
-    stride = -(-len(values) // most)
+    stride = -(-len(values) // min(rows, most))
     values, weights = values[::stride], None if weights is None else weights[::stride]
     if len(values) < least:
         return None

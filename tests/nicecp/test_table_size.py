@@ -27,10 +27,11 @@ FEW = TableSize(300, 20, 300.0)
         (1000, 8, 32, 100, 2.0, "none"),
         (1000, 3, 32, 100, 2.0, "none"),
         (5000, 10, 32, 100, 0.5, "none"),
+        (20_001, 8, 128, 100, 2000 / 20_001, "none"),
         (5001, 16, 64, 100, 250 * 16 / 5001, "gaussian"),
         (16_001, 16, 64, 100, 250 * 16 / 16_001, "none"),
-        (20_001, 8, 128, 100, 2000 / 20_001, "none"),
-        (60_001, 100, 256, 83, 250 * 100 / 60_001, "gaussian"),
+        (100_001, 8, 256, 62, SPLINE.weight_decay, "none"),
+        (60_001, 100, 256, 20, 250 * 100 / 60_001, "gaussian"),
         (100, 2001, 32, 100, 20.0, "none"),
         (10**9, 5, 256, 20, SPLINE.weight_decay, "none"),
         (1, 15, 32, 100, 20.0, "none"),
@@ -63,7 +64,7 @@ def test_weighted_rows_are_worth_their_effective_number() -> None:
     assert (size.rows, size.columns) == (400, 3)
     assert size.effective == pytest.approx(100, rel=1e-5)
     preset = sized(SPLINE, TableSize(100_000, 8, 100.0))
-    assert (preset.batch_size, preset.epochs, preset.weight_decay) == (256, 50, 20.0)
+    assert (preset.batch_size, preset.epochs, preset.weight_decay) == (256, 62, 20.0)
 
 
 def test_what_is_given_wins() -> None:

@@ -7,6 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from nicecp import transform_fit
+from nicecp.data import open_splits
+from nicecp.spline import fit_knots
 from nicecp.transform_fit import gain_of_spline
 from tests.nicecp.test_transform_fit import NAMES, fitted, table
 
@@ -53,6 +56,21 @@ def test_no_row_costs_without_bound_behind_auto(n: int) -> None:
             z = step.forward(z)
         assert np.isfinite(z).all()
         assert np.abs(z).max() < 25 + 1.1 * np.log(abs(far)), far
+
+
+def test_many_columns_are_looked_at_in_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks of 1024 rows, of which the last may be short."""
+    monkeypatch.setattr(transform_fit, "MAX_NUMBERS", 2**16)
+    with open_splits(np.random.default_rng(0).normal(size=(40_000, 4)), 0.0) as splits:
+        assert 15 * 1024 < len(transform_fit.sample_of(splits.train)[0]) <= 16 * 1024
+    with open_splits(np.random.default_rng(0).normal(size=(40_000, 64)), 0.0) as splits:
+        rows = len(transform_fit.sample_of(splits.train)[0])
+    assert rows == 2**10
+    compared: list[int] = []
+    monkeypatch.setattr(transform_fit, "quantile_knots", lambda v, w=None: compared.append(len(v)) or fit_knots(v, 8))
+    x = np.random.default_rng(0).normal(size=40_000)
+    assert gain_of_spline(x, None, 2000) is not None
+    assert compared == [1600]  # but every fifth
 
 
 def test_digits_that_follow_the_size_of_the_numbers() -> None:
