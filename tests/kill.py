@@ -40,7 +40,7 @@ options = {"checkpoint_every": 1e-9, "keep": keep}
 if os.path.exists(out.replace(".h5", ".state.h5")):
     run = Run.resume(out, **options)
 else:
-    run = Run.start(data, out, **{**SMALL, "epochs": int(sys.argv[4])}, overwrite=True, **options)
+    run = Run.start(data, out, **{**SMALL, "preset": "tabular", "epochs": int(sys.argv[4])}, overwrite=True, **options)
 with run:
     run.execute([Say()])
 """
@@ -96,7 +96,7 @@ def _finish(data: str, out: Path, epochs: int, folder: Path) -> None:
     with Run.resume(out, epochs=epochs) as run:
         assert run.execute().finished
     whole = folder / "whole.h5"
-    with Run.start(data, whole, **{**SMALL, "epochs": epochs}) as run:
+    with Run.start(data, whole, **{**SMALL, "preset": "tabular", "epochs": epochs}) as run:
         assert run.execute().finished
     assert model_bytes(out) == model_bytes(whole)
 

@@ -182,7 +182,10 @@ def write_rows(path: Path, factor: int) -> None:
             dataset[i * ROWS : (i + 1) * ROWS] = rows
 
 
-OPTIONS = ["--hidden", "16", "--couplings", "3", "--epochs", "2", "--threads", "1", "--valid-fraction", "0.1"]
+OPTIONS = [
+    *("--preset", "tabular", "--transform", "none", "--hidden", "16", "--couplings", "3", "--epochs", "2"),
+    *("--threads", "1", "--valid-fraction", "0.1"),
+]
 
 
 @pytest.mark.slow
