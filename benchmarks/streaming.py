@@ -35,7 +35,10 @@ from nicecp.train import TrainConfig, Trainer
 
 FEATURES, CHUNK = 512, 1024  # columns, rows of a chunk of the file
 MIB = 2**20
-MODEL = ["--epochs", "1", "--hidden", "2x64", "--couplings", "4", "--valid-fraction", "0.01", "--dtype", "float32"]
+MODEL = [
+    *("--preset", "tabular", "--transform", "none", "--batch-size", "256", "--epochs", "1", "--hidden", "2x64"),
+    *("--couplings", "4", "--valid-fraction", "0.01", "--dtype", "float32"),
+]
 COMMAND = """
 import sys
 from benchmarks.machine import peak_memory

@@ -37,6 +37,10 @@ class Step(Protocol):
         """x : (n, d) as for forward -> (n,) what is each row's own, beside log_det."""
         return np.zeros(len(x))
 
+    def forward_with_log_det(self, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], float | NDArray[np.float64]]:
+        """forward(x), and all of log abs det dz/dx: (n,), or one number of an affine step."""
+        return self.forward(x), self.log_det if self.affine else self.log_det + self.log_det_rows(x)
+
     def backward(self, dz: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
         """dz : (n, d) gradient by z -> that by x : (n, d), the gradient of log_det_rows included.
 
@@ -54,8 +58,8 @@ def apply_steps(
     """x : (n, d) data -> z : (n, d) after all steps, and log abs det dz/dx: (n,), or one number if all are affine."""
     total: float | NDArray[np.float64] = 0.0
     for step in steps:
-        total = total + (step.log_det if step.affine else step.log_det + step.log_det_rows(x))
-        x = step.forward(x)
+        x, log_det = step.forward_with_log_det(x)
+        total = total + log_det
     return x, total
 
 

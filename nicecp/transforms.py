@@ -84,6 +84,12 @@ class ColumnStep(Step):
             z[:, self.columns] = self._map(z[:, self.columns])[0]
         return z
 
+    def forward_with_log_det(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        z = np.array(x, np.float64)
+        with np.errstate(all="ignore"):
+            z[:, self.columns], log_slope, _ = self._map(z[:, self.columns])
+        return z, np.asarray(log_slope.sum(axis=1))
+
     def inverse(self, z: FloatArray) -> FloatArray:
         x = np.array(z, np.float64)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):

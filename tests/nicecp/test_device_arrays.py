@@ -158,7 +158,7 @@ def test_what_is_refused(device: Any) -> None:
         here.log_prob(put(device, X))
 
 
-class Curved:
+class Curved(Step):
     """A step that is not affine."""
 
     kind = "curved"
