@@ -189,6 +189,23 @@ def test_constant_columns_only_when_asked(folder: Path, capsys: pytest.CaptureFi
     run(["train", "--data", "constant.h5", "--allow-constant", "--epochs", "1", *SMALL], capsys)
 
 
+def test_few_rows_of_many_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What follows from the table's size is said, and no more than twenty columns; info has them all."""
+    with h5py.File("wide.h5", "w") as file:
+        file["train"] = np.random.default_rng(0).normal(size=(120, 22))
+    words = ["train", "--data", "wide.h5", "--hidden", "4", "--epochs", "1", "--threads", "1"]
+    out, _ = run(words, capsys)
+    lines = out.splitlines()
+    assert lines[1].endswith("preset tabular-spline, adam, batches of 32, 1 epoch, weight decay 20, gaussian whitening")
+    shown = [line for line in lines if line.startswith("column ")]
+    assert (len(shown), shown[-1][:10]) == (20, "column 19:")
+    assert "and 2 other columns, which nicecp info run.state.h5 will show" in lines
+    out, _ = run(["info", "run.state.h5"], capsys)
+    assert out.count("skewness") == 22
+    out, _ = run([*words, "--out", "b.h5", "--weight-decay", "0", "--whiten", "none"], capsys)
+    assert out.splitlines()[1].endswith("batches of 32, 1 epoch")
+
+
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(os.listdir())
     words = ["train", "--data", "table.h5", "--hidden", "50,60", "--couplings", "4", "--batch-size", "25"]

@@ -75,6 +75,9 @@ def test_slopes_against_differences(name: str) -> None:
         away = np.ones(len(x), bool)
     slope = difference(lambda x: step.forward(x)[:, 1])
     assert np.allclose(np.log(slope), step.log_det_rows(x), atol=1e-6)
+    z, log_det = step.forward_with_log_det(x)
+    np.testing.assert_array_equal(z, step.forward(x))
+    np.testing.assert_array_equal(log_det, step.log_det_rows(x))
     bend = difference(step.log_det_rows)
     ones = np.zeros_like(x)
     ones[:, 1] = 1.0
